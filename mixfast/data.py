@@ -16,7 +16,7 @@ from fastcore.foundation import L
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Category
 from fastai.losses import CrossEntropyLossFlat
-from fastai.torch_core import TensorCategory, TensorImage, default_device, show_image, to_device
+from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, default_device, to_device
 import fastai.vision.data # teaches show_batch and show_results about images
 from fasttransform import ItemTransform
 
@@ -147,7 +147,8 @@ class MixBatch(ItemTransform):
 
     def decodes(self, b):
         x,*y = b
-        return (TensorImage(((x*self.std+self.mean)/255).clamp(0,1)), *map(TensorCategory, y))
+        im = TensorImageBW if x.shape[1]==1 else TensorImage
+        return (im(((x*self.std+self.mean)/255).clamp(0,1)), *map(TensorCategory, y))
 
 # %% ../nbs/04_data.ipynb #2ebeb67e
 class MixDL(TfmdDL):
@@ -192,7 +193,7 @@ def show_batch(self:MixDL, b=None, max_n=9, **kwargs):
     for (name,x),axr in zip(rows.items(), axs):
         for i,ax in enumerate(axr):
             im,cat = self.dataset.decode(tuple(o[i] for o in self.decode((x,y))))
-            show_image(im, ctx=ax, title='' if name.startswith('SSL') else cat, cmap='gray' if len(im)==1 else None)
+            im.show(ctx=ax, title='' if name.startswith('SSL') else cat)
         axr[0].text(-0.1, 0.5, name, transform=axr[0].transAxes, ha='right', va='center')
 
 # %% ../nbs/04_data.ipynb #311fde38

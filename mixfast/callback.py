@@ -101,7 +101,8 @@ def after_loss(self:MixTrainingCallback):
 def alpha_now(self:MixTrainingCallback)->float:
     "Weight of the self-supervised loss at this training step"
     if self.ph.name!='mix': return float(self.ph.ssl)
-    return alpha_at((self.epoch-self.ph.start)*self.n_iter+self.iter, len(self.ph)*self.n_iter, self.alpha, self.alpha_sched)
+    i = (self.epoch-self.ph.start)*self.n_iter + self.iter
+    return alpha_at(i, len(self.ph)*self.n_iter, self.alpha, self.alpha_sched)
 
 # %% ../nbs/06_callback.ipynb #fd51e7e2
 class MixRecorder(Callback):
@@ -142,7 +143,8 @@ def after_fit(self:MixRecorder):
 def fix_autocast(self:MixRecorder):
     "fastai's `MixedPrecision` assumes CUDA: make it mean the device that the model is on"
     mp,dev = getattr(self.learn, 'mixed_precision', None),self.device_type()
-    if mp and dev!='cuda': mp.autocast = torch.autocast(dev, dtype=dict(bf16=torch.bfloat16, fp16=torch.float16)[mp.amp_mode.value])
+    if not mp or dev=='cuda': return
+    mp.autocast = torch.autocast(dev, dtype=dict(bf16=torch.bfloat16, fp16=torch.float16)[mp.amp_mode.value])
 
 @patch
 def device_type(self:MixRecorder): return next(self.learn.model.parameters()).device.type
@@ -167,10 +169,11 @@ def before_train(self:MixRecorder):
 def after_batch(self:MixRecorder):
     if not (self.active and self.training and self.active.losses): return
     bs = find_bs(self.learn.yb)
-    for k,v in dict(train_loss=self.learn.loss, **self.active.losses).items(): self.sums[k] = self.sums.get(k, 0) + v.detach()*bs
+    for k,v in dict(train_loss=self.learn.loss, **self.active.losses).items():
+        self.sums[k] = self.sums.get(k, 0) + v.detach()*bs
     self.n += bs
-    for k,v in (('epoch',self.epoch+self.iter/self.n_iter), ('lr',self.recorder.lrs[-1]), ('alpha',self.active.alpha_now())):
-        self.sched[k].append(v)
+    now = dict(epoch=self.epoch+self.iter/self.n_iter, lr=self.recorder.lrs[-1], alpha=self.active.alpha_now())
+    for k,v in now.items(): self.sched[k].append(v)
     bar = getattr(getattr(self.learn, 'progress', None), 'pbar', None)
     if bar: bar.comment = f'{self.active.ph.name} {self.learn.smooth_loss.item():.4f}'
 
@@ -193,12 +196,13 @@ def after_train(self:MixRecorder):
 
 @patch
 def after_validate(self:MixRecorder):
-    names = self.recorder.metric_names
-    if not self.active or len(self.recorder.log)==len(names): return
-    self.fill(len(names)-4)
+    rec = self.recorder
+    if not self.active or len(rec.log)==len(rec.metric_names): return
+    self.fill(len(rec.metric_names)-4)
     if not self.active.ph.sl: # metrics of an untrained classifier
-        self.recorder.log = L(o if n in ('epoch','train_loss','valid_loss') else math.nan for n,o in zip(names, self.recorder.log))
-    self.recorder.log += [self.mean('ssl_loss'), self.mean('sl_loss'), self.clock()-self.t0, self.active.ph.name]
+        keep = {'epoch','train_loss','valid_loss'}
+        rec.log = L(o if n in keep else math.nan for n,o in zip(rec.metric_names, rec.log))
+    rec.log += [self.mean('ssl_loss'), self.mean('sl_loss'), self.clock()-self.t0, self.active.ph.name]
 
 @patch
 def after_cancel_epoch(self:MixRecorder): self.after_validate()
@@ -224,7 +228,8 @@ def plot_metrics(self:MixRecorder, axs):
     h = self.history
     for k,v in dict(ssl_loss=h.ssl_loss, sl_loss=h.sl_loss, valid_ssl=h.valid_loss.where(h.phase=='ssl'),
                     valid_sl=h.valid_loss.where(h.phase!='ssl')).items():
-        if v.notna().any(): axs[0].plot(h.epoch+1, v, '--' if 'valid' in k else '-', color='C0' if 'ssl' in k else 'C1', label=k)
+        style = dict(ls='--' if 'valid' in k else '-', color='C0' if 'ssl' in k else 'C1')
+        if v.notna().any(): axs[0].plot(h.epoch+1, v, label=k, **style)
     axs[0].set(ylabel='loss', yscale='log')
     for ax,k in zip(axs[1:], self.metric_cols()): ax.plot(h.epoch+1, h[k], color='C2', label=k); ax.set_ylabel(k)
 
@@ -240,14 +245,15 @@ def plot_history(self:MixRecorder,
 )->list: # The axes
     "Losses, metrics, learning rate and alpha over the last fit, its phases shaded"
     if not self.rows: raise ValueError("there is no history yet: call learn.fit_mixtraining first")
-    n = 3+len(self.metric_cols())
-    fig,axs = plt.subplots(n, 1, sharex=True, figsize=figsize or (8, 1.5*n+1), gridspec_kw=dict(height_ratios=[2]+[1]*(n-1)))
+    n,phases = 3+len(self.metric_cols()),self.history.phase.unique()
+    fig,axs = plt.subplots(n, 1, sharex=True, figsize=figsize or (8, 1.5*n+1), height_ratios=[2]+[1]*(n-1))
     self.plot_metrics(axs[:-2])
-    for ax,k in zip(axs[-2:], ('lr','alpha')): ax.plot(self.sched['epoch'], self.sched[k], color='grey'); ax.set_ylabel(k)
+    for ax,k in zip(axs[-2:], ('lr','alpha')):
+        ax.plot(self.sched['epoch'], self.sched[k], color='grey')
+        ax.set_ylabel(k)
     for ax in axs: self.shade(ax)
-    hs = [plt.Rectangle((0,0), 1, 1, color=phase_colors[p], alpha=0.35) for p in self.history.phase.unique()]
-    axs[0].legend(*[a+b for a,b in zip(axs[0].get_legend_handles_labels(), (hs, [f'{p} phase' for p in self.history.phase.unique()]))],
-                  fontsize=8, ncol=2)
+    for p in phases: axs[0].fill_between([], [], color=phase_colors[p], alpha=0.35, label=f'{p} phase')
+    axs[0].legend(fontsize=8, ncol=2)
     axs[-1].set_xlabel('epoch')
     return axs
 
@@ -256,18 +262,24 @@ def plot_history(self:MixRecorder,
 @torch.no_grad()
 def show_reconstructions(self:MixRecorder,
     n:int=8, # Images
-    x=None, # Images to show, normalised floats [B,C,H,W]; default: from the validation set, or the SSL images if there is none
+    x=None, # Images to show, normalised floats [B,C,H,W]; default: of the validation set, or else of the training set
     seed:int=0, # Of the masks
-    figsize:tuple=None, # In inches
+    fig=None, # Matplotlib figure or subfigure to draw on
 ):
     "Images, what the objective sees of them, and its reconstructions, in three rows"
     m,dl = self.learn.model,self.dls.valid if len(self.dls.valid) else self.dls.train
-    x = (dl.one_batch()[0] if x is None else x)[:n].to(next(m.parameters()).device).as_subclass(torch.Tensor)
-    training,_ = m.training,m.eval()
-    with torch.random.fork_rng(): rows = x, *m.objective.reconstruct(m.objective.encode(m.backbone, x), (torch.manual_seed(seed), x)[1])
+    training = m.training
+    with torch.random.fork_rng(): # looking does not change what comes next
+        x = (dl.one_batch()[0] if x is None else x)[:n].to(next(m.parameters()).device).as_subclass(torch.Tensor)
+        feats = m.eval().objective.encode(m.backbone, x)
+        torch.manual_seed(seed)
+        rows = x, *m.objective.reconstruct(feats, x)
     m.train(training)
     lo,hi = x.amin((1,2,3), keepdim=True),x.amax((1,2,3), keepdim=True)
-    fig,axs = plt.subplots(3, len(x), figsize=figsize or (1.3*len(x), 4), squeeze=False)
+    axs = (fig or plt.figure(figsize=(1.3*len(x), 4))).subplots(3, len(x), squeeze=False)
     for axr,ims,name in zip(axs, rows, ('image','seen','rebuilt')):
-        for ax,im in zip(axr, ((ims-lo)/(hi-lo+1e-6)).clamp(0,1).permute(0,2,3,1).cpu()): ax.imshow(im, cmap='gray'); ax.axis('off')
+        ims = ((ims-lo)/(hi-lo+1e-6)).clamp(0,1).permute(0,2,3,1).cpu()
+        for ax,im in zip(axr, ims):
+            ax.imshow(im, cmap='gray')
+            ax.axis('off')
         axr[0].text(-0.1, 0.5, name, transform=axr[0].transAxes, ha='right', va='center')

@@ -30,13 +30,14 @@ def check_images(
     name:str='x', # What to call them in an error
 )->torch.Tensor: # uint8 [N,H,W,C], sharing the memory of `x` where it can
     "Images as the store keeps them. Raises `ValueError` or `TypeError` if they are something else."
-    try: x = torch.from_numpy(np.ascontiguousarray(x)) if not isinstance(x, torch.Tensor) else x.contiguous()
-    except (ValueError, TypeError) as e: raise ValueError(f"{name} must be images of one size: resize them first ({e})") from e
+    try: x = x.contiguous() if isinstance(x, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(x))
+    except (ValueError, TypeError) as e: raise ValueError(f"{name} must be images of one size, as an array") from e
     if x.dtype!=torch.uint8: raise TypeError(f"{name} must be uint8 images with values 0 to 255, got {x.dtype}. "
         "If they are floats in [0,1]: (x*255).round().astype('uint8')")
     if x.ndim==3: x = x[...,None]
     if x.ndim!=4: raise ValueError(f"{name} must have shape [N,H,W,C], or [N,H,W] if grey, got {list(x.shape)}")
-    if x.shape[3]>4: raise ValueError(f"{name} must have its channels last, [N,H,W,C], got {list(x.shape)}: use x.transpose(0,2,3,1)")
+    if x.shape[3]>4:
+        raise ValueError(f"{name} must have its channels last, got {list(x.shape)}: use x.transpose(0,2,3,1)")
     return x
 
 # %% ../nbs/04_data.ipynb #f15a4a2d
@@ -49,7 +50,7 @@ def check_labels(
     "Labels as the store keeps them. Raises `ValueError` or `TypeError` if they are something else."
     y = np.asarray(y)
     if y.shape!=(n,): raise ValueError(f"{name} must have one label for each of {n} images, got shape {list(y.shape)}")
-    if n and not np.issubdtype(y.dtype, np.integer): raise TypeError(f"{name} must be whole class numbers, got {y.dtype}")
+    if n and y.dtype.kind not in 'iu': raise TypeError(f"{name} must be whole class numbers, got {y.dtype}")
     if n and not 0<=y.min()<=y.max()<c:
         raise ValueError(f"{name} must lie in 0..{c-1} for {c} classes, got {y.min()}..{y.max()}")
     return torch.from_numpy(y.astype(np.int64))
@@ -165,7 +166,8 @@ class MixDL(TfmdDL):
         num_workers:int=0, # For fastai's sake: indexing a batch needs no workers
         **kwargs
     ):
-        super().__init__(dataset, bs=max(min(bs, len(dataset)), 1), shuffle=shuffle, num_workers=0, **{**kwargs, 'indexed':True})
+        kwargs['indexed'] = True
+        super().__init__(dataset, bs=max(min(bs, len(dataset)), 1), shuffle=shuffle, num_workers=0, **kwargs)
         self.seed,self.epoch = torch.randint(2**31, ()).item() if seed is None else seed,-1
 
     def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **{'seed':self.seed, **kwargs})
@@ -222,7 +224,7 @@ def phase_dl(
 ):
     "The training loader of a phase: with fastai's `DataLoaders` all phases see the training set"
     dl = getattr(dls, phase) if isinstance(dls, MixDataLoaders) else dls.train
-    return dl.new(bs=dl.n) if len(dl)==0 and dl.n else dl # fewer images than a batch, the last one dropped: train on what there is
+    return dl.new(bs=dl.n) if len(dl)==0 and dl.n else dl # fewer images than a batch: train on what there is
 
 # %% ../nbs/04_data.ipynb #d6b970b1
 def as_images(
@@ -253,7 +255,7 @@ def _vocab(sl, vocab):
     "The class names: `vocab`, or the numbers up to the highest label"
     if vocab is not None or sl is None: return list(vocab or ())
     y = np.asarray(sl[1])
-    return list(range(int(y.max())+1)) if y.size and np.issubdtype(y.dtype, np.integer) else []
+    return list(range(int(y.max())+1)) if y.size and y.dtype.kind in 'iu' else []
 
 def _stores(sl, valid, ssl, vocab):
     "`ImageStore`s of what is not None, all of one image size"
@@ -265,7 +267,8 @@ def _stores(sl, valid, ssl, vocab):
     for n,o in res.items():
         if o is not None and not len(o): raise ValueError(f"{n} has no images")
     shapes = {n:o.shape for n,o in res.items() if o is not None}
-    if len(set(shapes.values()))>1: raise ValueError(f"images must all have one height, width and number of channels, got {shapes}")
+    if len(set(shapes.values()))>1:
+        raise ValueError(f"images must all have one height, width and number of channels, got {shapes}")
     return res.values()
 
 # %% ../nbs/04_data.ipynb #b13da509
@@ -287,13 +290,14 @@ def mix_dls(
 )->MixDataLoaders:
     "Loaders for all phases from arrays. Raises `ValueError` or `TypeError` on bad input."
     check_unit(lam=lam)
-    if not isinstance(bs, Integral) or bs<1: raise ValueError(f"bs must be a whole number of images, 1 or more, got {bs!r}")
-    if sl is None and ssl is None: raise ValueError("pass labelled data as sl=(images, labels), or unlabelled images as ssl, or both")
+    if not isinstance(bs, Integral) or bs<1: raise ValueError(f"bs must be a whole number of images, got {bs!r}")
+    if sl is None and ssl is None: raise ValueError("pass labelled data as sl=(images, labels), other images as ssl")
     sl,valid,ssl = _stores(sl, valid, ssl, vocab)
     mean,std = image_stats((sl or ssl).x) if stats is None else stats
     seed = torch.randint(2**31, ()).item() if seed is None else seed
     def dl(ds, i, train=True, **kw):
-        return MixDL(ds, bs=bs, shuffle=shuffle and train, drop_last=drop_last and train, seed=seed+i, after_batch=MixBatch(mean, std, **kw))
+        return MixDL(ds, bs=bs, shuffle=shuffle and train, drop_last=drop_last and train, seed=seed+i,
+                     after_batch=MixBatch(mean, std, **kw))
     d_ssl = dl(ssl or ImageStore(sl.x, vocab=sl.vocab), 1, tfms=ssl_tfms)
     d_sl  = dl(sl, 0, tfms=tfms) if sl else d_ssl
     d_mix = dl(MixStore(sl, ssl), 2, tfms=tfms, ssl_tfms=ssl_tfms, lam=lam) if sl and ssl else d_sl

@@ -41,5 +41,6 @@ def few_labels(
     "Draw `n` indices of each class. Raises `ValueError` if a class has fewer."
     y,rng = np.asarray(y),np.random.default_rng(seed)
     classes,counts = np.unique(y, return_counts=True)
-    if not 1<=n<=counts.min(): raise ValueError(f"n must lie in 1..{counts.min()}, the size of the smallest class, got {n}")
+    if not 1<=n<=counts.min():
+        raise ValueError(f"n must lie in 1..{counts.min()}, the size of the smallest class, got {n}")
     return np.concatenate([rng.permutation(np.flatnonzero(y==c))[:n] for c in classes])

@@ -26,7 +26,7 @@ from .callback import MixRecorder, MixTrainingCallback
 from .data import phase_dl
 from .model import MixModel, fused_adamw, mix_splitter, pair_up
 from .phases import MixPlan
-from .schedule import Hypers, MixScheduler
+from .schedule import Hypers, MixScheduler, check_sl_sched
 
 # %% ../nbs/07_learner.ipynb #a62c718f
 @dataclass(frozen=True)
@@ -38,14 +38,12 @@ class Recipe:
 recipes = dict(
     vit_t    = Recipe(Hypers(1.5e-4, warmup=0.2), Hypers(1e-3, warmup=0.05)),
     resnet18 = Recipe(Hypers(1e-4,   warmup=0.2), Hypers(1e-3, warmup=0.05)),
-    vit_t_tinyimagenet = Recipe(Hypers(1e-3, warmup=0.2, wd=0.15), Hypers(2e-3, warmup=0.05, betas=(0.9,0.999), wd=0.05)))
+    vit_t_tinyimagenet = Recipe(Hypers(1e-3, warmup=0.2, wd=0.15), Hypers(2e-3, warmup=0.05, betas=(0.9,0.999))))
 
 def get_recipe(
-    recipe, # A name in `recipes`, a `Recipe`, or None: 'vit_t' for token features, 'resnet18' for maps
-    model:MixModel, # The model to be trained
+    recipe, # A name in `recipes`, or a `Recipe`
 )->Recipe:
     "The recipe meant by `recipe`. Raises `ValueError` or `TypeError` if there is none."
-    if recipe is None: recipe = 'vit_t' if getattr(model.objective, 'lay', None) is None or model.objective.lay.kind=='tokens' else 'resnet18'
     if isinstance(recipe, str):
         if recipe not in recipes: raise ValueError(f"recipe must be one of {list(recipes)}, got {recipe!r}")
         recipe = recipes[recipe]
@@ -75,18 +73,24 @@ def check_data(dls, plan:MixPlan):
         dl = phase_dl(dls, p.name)
         if not dl.n: raise ValueError(f"the {p.name} phase has no training images: dls are empty")
         if p.sl and len(dl.dataset[0] if hasattr(dl.dataset, '__getitem__') else dl.one_batch())<2:
-            raise ValueError(f"e_sl={plan.e_sl}, but the training images have no labels: pass sl=(images, labels), or e_sl=0")
+            raise ValueError(f"e_sl={plan.e_sl}, but the training images have no labels: pass labelled ones, or e_sl=0")
 
 # %% ../nbs/07_learner.ipynb #9eb2fb3a
 @contextmanager
 def restored(learn:Learner, cbs=None):
     "Restore on every way out what a fit with phases changes about `learn` and `cbs`"
-    rec = learn.recorder
-    old = [(o, k, getattr(o, k)) for o,k in ((learn,'loss_func'), (learn,'logger'), (learn.model,'phase'), (rec,'add_time'), (rec,'train_metrics'))]
+    rec,dev = learn.recorder,next(learn.model.parameters()).device.type
+    own = {learn: ('loss_func','logger'), learn.model: ('phase',), rec: ('add_time','train_metrics')}
+    old = [(o, k, getattr(o, k)) for o,ks in own.items() for k in ks]
+    amp = torch.is_autocast_enabled(dev)
     try: yield
     finally:
         for o,k,v in old: setattr(o, k, v)
         for cb in learn.cbs+L(cbs): cb.run = True
+        if torch.is_autocast_enabled(dev) and not amp:
+            torch.set_autocast_enabled(dev, False)
+            while torch.autocast_decrement_nesting()>0: pass
+            torch.clear_autocast_cache()
 
 # %% ../nbs/07_learner.ipynb #dcbe0af8
 @patch
@@ -100,14 +104,17 @@ def fit_mixtraining(self:Learner,
     sl_sched:str='shared', # 'shared': one warm-up-cosine over mix and SL; 'restart': one for each
     cbs=None, # Callbacks, as in any fit
 ):
-    "Train all of the model by MixTraining (Algorithm 1). Raises `ValueError` or `TypeError` on bad input, before training."
+    "Train all of the model by MixTraining (Algorithm 1). Raises `ValueError` or `TypeError` on bad input."
     plan = MixPlan(e_ssl, e_sl, rho)
     check_data(self.dls, plan)
+    check_sl_sched(sl_sched)
+    if recipe is not None: get_recipe(recipe)
     mix = MixTrainingCallback(plan, alpha, alpha_sched)
     if getattr(self.opt, 'frozen_idx', 0): self.unfreeze()
     self.to_mix()
-    r = get_recipe(recipe, self.model)
-    with restored(self, cbs): self.fit(plan.n_epoch, cbs=[mix, MixScheduler(plan, r.ssl, r.sl, sl_sched)]+L(cbs), reset_opt=True)
+    r = get_recipe(recipe or ('vit_t' if self.model.layout.kind=='tokens' else 'resnet18'))
+    sched = MixScheduler(plan, r.ssl, r.sl, sl_sched)
+    with restored(self, cbs): self.fit(plan.n_epoch, cbs=[mix,sched]+L(cbs), reset_opt=True)
 
 # %% ../nbs/07_learner.ipynb #6485e50b
 @patch
@@ -137,9 +144,10 @@ def create_backbone(
 )->nn.Module:
     "The timm model `arch` for images like `x`"
     if not isinstance(arch, str): return arch
-    kwargs = {'in_chans':x.shape[1], **{k:v for k,v in kwargs.items() if v is not None}}
-    if 'img_size' not in kwargs and getattr(timm.get_pretrained_cfg(arch), 'fixed_input_size', False): kwargs['img_size'] = tuple(x.shape[-2:])
-    return timm.create_model(arch, **kwargs)
+    fixed = getattr(timm.get_pretrained_cfg(arch), 'fixed_input_size', False)
+    size = dict(img_size=tuple(x.shape[-2:])) if fixed else {}
+    kwargs = {k:v for k,v in kwargs.items() if v is not None}
+    return timm.create_model(arch, **{'in_chans':x.shape[1], **size, **kwargs})
 
 # %% ../nbs/07_learner.ipynb #49ae86fc
 def mix_learner(
@@ -159,9 +167,11 @@ def mix_learner(
     wd_bn_bias:bool=False, # Decay norms, biases and embeddings too
     **kwargs # For `timm.create_model`: `pretrained`, `embed_dim`, `depth`, `drop_path_rate`, ...
 )->Learner:
-    "A fastai `Learner` of a timm model from scratch, ready for `fit_mixtraining`. Raises `TypeError` or `ValueError` on bad input."
+    "A fastai `Learner` of a timm model from scratch, ready for `fit_mixtraining`. Raises what `MixModel` does."
     x = phase_dl(dls, 'ssl').one_batch()[0]
-    model = create_backbone(arch, x, img_size=img_size, patch_size=patch_size, num_classes=getattr(dls, 'c', 0) if n_out is None else n_out, **kwargs)
-    learn = Learner(dls, model, loss_func=loss_func or getattr(dls.train_ds, 'loss_func', None) or CrossEntropyLossFlat(), opt_func=opt_func,
-                    splitter=splitter, metrics=metrics, cbs=cbs, path=path, model_dir=model_dir, wd_bn_bias=wd_bn_bias)
+    if n_out is None: n_out = getattr(dls, 'c', 0)
+    model = create_backbone(arch, x, img_size=img_size, patch_size=patch_size, num_classes=n_out, **kwargs)
+    if loss_func is None: loss_func = getattr(dls.train_ds, 'loss_func', CrossEntropyLossFlat())
+    learn = Learner(dls, model, loss_func=loss_func, opt_func=opt_func, splitter=splitter, metrics=metrics, cbs=cbs,
+                    path=path, model_dir=model_dir, wd_bn_bias=wd_bn_bias)
     return learn.to_mix(objective)

@@ -26,7 +26,7 @@ from .objective import check_splittable, features, find_layout, get_objective, l
 MixOutput = namedtuple('MixOutput', 'logits ssl_loss')
 
 class MixModel(nn.Module):
-    "A `backbone` with its classifier, and an `objective` that shares its features. Raises what `check_splittable` does."
+    "A `backbone` with its classifier, and an `objective` that shares its features"
     def __init__(self,
         backbone:nn.Module, # A timm model, or fastai's `Sequential(body, head)`; it is kept as it is
         objective=None, # What `get_objective` takes; it is copied. Default: `MAE` for tokens, `AE` for maps
@@ -35,8 +35,8 @@ class MixModel(nn.Module):
         super().__init__()
         check_splittable(backbone)
         x = x.to(next(backbone.parameters()).device)
-        self.backbone,self.phase = backbone,None
-        self.objective = deepcopy(get_objective(objective, find_layout(backbone, x)))
+        self.backbone,self.layout,self.phase = backbone,find_layout(backbone, x),None
+        self.objective = deepcopy(get_objective(objective, self.layout))
         self.objective.setup(backbone, x)
         self.objective.to(x.device)
 
@@ -44,15 +44,17 @@ class MixModel(nn.Module):
         "`MixOutput` where a self-supervised loss is due; logits [B,classes] of the plain classifier otherwise"
         if self.phase in (None,'sl') or (self.phase=='mix' and not self.training): return self.backbone(x)
         feats = self.objective.encode(self.backbone, x)
-        idle = self.phase=='ssl' and self.training
-        return MixOutput(None if idle else logits(self.backbone, self.objective.sl_feats(feats)), self.objective(feats, x))
+        idle = self.phase=='ssl' and self.training # the classifier
+        preds = None if idle else logits(self.backbone, self.objective.sl_feats(feats))
+        return MixOutput(preds, self.objective(feats, x))
 
 # %% ../nbs/03_model.ipynb #36f5b43f
 def no_decay(
     model:nn.Module, # Any model, with timm models anywhere in it
 )->set: # Parameters
     "The parameters of `model` that weight decay leaves alone: 1-D ones, and those in timm's `no_weight_decay()`"
-    skip = {f'{n}.{o}'.lstrip('.') for n,m in model.named_modules() if hasattr(m, 'no_weight_decay') for o in m.no_weight_decay()}
+    mods = [(n,m) for n,m in model.named_modules() if hasattr(m, 'no_weight_decay')]
+    skip = {f'{n}.{o}'.lstrip('.') for n,m in mods for o in m.no_weight_decay()}
     return {p for n,p in model.named_parameters() if p.ndim<=1 or any(fnmatch(n, s) for s in skip)}
 
 # %% ../nbs/03_model.ipynb #eeadc9f8
@@ -75,7 +77,10 @@ class MixOptim(OptimWrapper):
         super().__init__(*args, **kwargs)
         self.set_hyper('wd', self.hypers[0]['wd'])
 
-    def set_hyper(self, k, v): super().set_hyper(k, [v,0.]*(len(self.param_lists)//2) if k=='wd' and not is_listy(v) else v)
+    def set_hyper(self, k, v):
+        if k=='wd' and not is_listy(v): v = [v,0.]*(len(self.param_lists)//2)
+        super().set_hyper(k, v)
+
     def freeze_to(self, n): super().freeze_to(2*n)
 
 # %% ../nbs/03_model.ipynb #798bf6dd

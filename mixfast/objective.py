@@ -67,7 +67,8 @@ def layout(
     m = model[0] if isinstance(model, nn.Sequential) else model
     m = getattr(m, 'model', m) if isinstance(m, TimmBody) else m
     if isinstance(feats, Tensor) and feats.ndim==4:
-        if str(getattr(m, 'output_fmt', 'NCHW')).endswith('NHWC'): return Layout('NHWC', tuple(feats.shape[1:3]), feats.shape[3])
+        nhwc = str(getattr(m, 'output_fmt', 'NCHW')).endswith('NHWC')
+        if nhwc: return Layout('NHWC', tuple(feats.shape[1:3]), feats.shape[3])
         return Layout('NCHW', tuple(feats.shape[2:]), feats.shape[1])
     if isinstance(feats, Tensor) and feats.ndim==3:
         prefix = getattr(m, 'num_prefix_tokens', 0)
@@ -178,9 +179,9 @@ class MAE(Objective):
         (rows,cols),n = self.lay.grid,math.prod(self.lay.grid)
         self.n_mask = round(self.mask_ratio*n)
         if not 0<self.n_mask<n or h%rows or w%cols:
-            raise ValueError(f"MAE with mask_ratio={self.mask_ratio} needs a grid of features, some masked and some not, that divides "
-                             f"the image; this backbone gives {rows}x{cols} features for {h}x{w} pixels. Use objective='ae', or "
-                             "a larger image or a smaller patch.")
+            raise ValueError(f"MAE with mask_ratio={self.mask_ratio} needs a grid of features, some masked, some not, "
+                             f"that divides the image; this backbone gives {rows}x{cols} features for {h}x{w} pixels. "
+                             "Use objective='ae', or a larger image or a smaller patch.")
         dim = self.dim or min(self.lay.dim, 512)//4*4
         heads = self.heads or next(o for o in range(max(dim//64, 1), 0, -1) if dim%o==0)
         self.decoder = TokenDecoder(self.lay, c*h*w//n, dim, self.depth, heads)

@@ -44,8 +44,8 @@ def test_exception_anywhere(make, event, n):
 def test_cancel_anywhere(make, event, exc):
     for n in (1, 5):
         learn = make()
-        try: learn.fit_mixtraining(**FIT, cbs=[At(event, exc('stop'), n), MixUp()])
-        except exc: pass # one that fastai does not expect at this event
+        try: learn.fit_mixtraining(**FIT, cbs=At(event, exc('stop'), n))
+        except Exception: pass # fastai does not expect every one of them everywhere; what matters is how it leaves the learner
         works(learn)
 
 def test_keyboard_interrupt(make):
@@ -56,7 +56,7 @@ def test_keyboard_interrupt(make):
 
 def test_skipped_epochs_do_not_lose_their_phase(make):
     class Skip(Callback):
-        order = -8 # before the phases are told
+        order = 70 # as fastai's SkipToEpoch
         def before_epoch(self):
             if self.epoch in (0,2): raise CancelEpochException
     learn = make()
@@ -148,8 +148,7 @@ def test_save_every_epoch(make):
 def test_early_stopping_waits_for_supervision(make, monitor):
     learn = make()
     learn.fit_mixtraining(**FIT, cbs=EarlyStoppingCallback(monitor=monitor, min_delta=100, patience=2))
-    assert learn.mix.history.phase.tolist()==['ssl','ssl','mix','mix','sl'][:5 if monitor=='valid_loss' else 4] or \
-           learn.mix.history.phase.tolist()==['ssl','ssl','mix','mix','sl']
+    assert learn.mix.history.phase.tolist()==['ssl','ssl','mix','mix','sl'] # best at the first mix epoch, then two epochs of patience
     works(learn)
 
 def test_gradient_accumulation_equals_the_large_batch(make):
@@ -182,12 +181,14 @@ def test_gradient_clip_mixup_and_others(make):
 def test_bf16_on_cpu(make):
     learn = make().to_bf16()
     seen = {}
-    h = learn.model.backbone.blocks[0].mlp.fc1.register_forward_hook(lambda m,i,o: seen.setdefault(learn.model.phase, o.dtype))
+    h = learn.model.backbone.blocks[0].mlp.fc1.register_forward_hook(lambda m,i,o: seen.update({learn.model.phase: o.dtype}))
     learn.fit_mixtraining(**FIT)
     assert seen==dict(ssl=torch.bfloat16, mix=torch.bfloat16, sl=torch.bfloat16)
     assert not learn.mix.history.train_loss.isna().any()
     h.remove()
-    learn.get_preds()
+    works(learn)
+    with pytest.raises(ZeroDivisionError): learn.fit_mixtraining(**FIT, cbs=At('after_pred', ZeroDivisionError('stop'), 7))
+    assert not torch.is_autocast_enabled('cpu') # fastai leaves it on when a batch is interrupted
     works(learn)
 
 def test_same_seed_same_weights(make):
@@ -294,7 +295,7 @@ def test_fewer_images_than_a_batch(make, tmp_path):
     learn.remove_cb(ProgressCallback); learn.logger = noop
     assert len(learn.dls.train)==0
     learn.fit_mixtraining(1, 1)
-    assert len(learn.recorder.losses)==1
+    assert len(learn.recorder.losses)==2
 
 def test_unlabelled_only(make):
     dls = mix_dls(ssl=images(24)[0], bs=8)
@@ -371,7 +372,7 @@ def test_models_that_do_not_fit(make, tmp_path):
     import timm, torchvision
     with pytest.raises(TypeError, match='cannot be split into features and head'): make(arch=torchvision.models.resnet18(num_classes=3))
     with pytest.raises(ValueError, match="Use objective='ae'"): make(size=32, c=3, arch='resnet18', objective='mae')
-    with pytest.raises(TypeError, match='gives features list'): make(size=240, c=3, n=2, bs=2, arch='crossvit_tiny_240')
+    with pytest.raises(TypeError, match='gives features list'): make(size=240, c=3, n=3, bs=2, arch='crossvit_tiny_240')
     with pytest.raises(ValueError, match='objective must be one of'): make(objective='simclr')
     learn = Learner(file_dls(tmp_path), torchvision.models.resnet18(num_classes=3))
     with pytest.raises(TypeError, match='cannot be split'): learn.fit_mixtraining(1, 1)

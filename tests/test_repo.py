@@ -1,0 +1,79 @@
+"The repository tells one story: notebooks run, and module, README, pages and settings agree with them"
+import json, os, re, shutil, subprocess, sys
+from configparser import ConfigParser
+from html.parser import HTMLParser
+from importlib.metadata import version
+from pathlib import Path
+import pytest
+from nbdev.config import get_config
+import mixfast
+
+root = Path(__file__).resolve().parents[1]
+nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not re.search(r'/[_.]', p.relative_to(root).as_posix()))
+each_nb = pytest.mark.parametrize('nb', nbs, ids=lambda p: p.stem)
+
+def run(*cmd, cwd=root):
+    "Output of a command in an environment that draws no windows; its failure is the test's, with all it printed"
+    env = {**os.environ, 'MPLBACKEND': 'Agg', 'PATH': f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    res = subprocess.run([str(c) for c in cmd], cwd=cwd, env=env, capture_output=True, text=True)
+    if res.returncode: pytest.fail(res.stdout + res.stderr, pytrace=False)
+    return res.stdout
+
+def tree():
+    "What git sees: a notebook must not leave a file behind"
+    return run('git', 'status', '--porcelain') + run('git', 'diff') if (root/'.git').exists() else ''
+
+@each_nb
+def test_notebook_runs(nb):
+    before = tree()
+    run('nbdev-test', nb) # a process of its own: patches, seeds and figures of one notebook do not help another
+    assert tree() == before
+
+@each_nb
+def test_notebook_is_fit_to_store(nb):
+    assert nb.stat().st_size < 300_000
+    outputs = [o for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] for o in c.get('outputs', [])]
+    assert not [o for o in outputs if o['output_type'] == 'error']
+
+def test_settings_agree():
+    ini = ConfigParser()
+    ini.read(root/'settings.ini', encoding='utf-8')
+    s,cfg = ini['DEFAULT'],get_config(root)
+    for a,b in dict(name='lib_name', description='description', min_python='min_python', git_url='git_url',
+                    doc_url='doc_url').items(): assert s[a] == cfg[b], f'settings.ini {a}, pyproject.toml'
+    assert s['version'] == mixfast.__version__ == version(s['name']), 'settings.ini, __init__.py, what is installed'
+
+def test_module_is_what_the_notebooks_export(tmp_path):
+    for p in ('nbs', 'mixfast'): shutil.copytree(root/p, tmp_path/p, ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copy(root/'pyproject.toml', tmp_path)
+    for p in (tmp_path/'mixfast').glob('*.py'):
+        if p.name != '__init__.py': p.unlink() # a module without a notebook does not come back
+    run('nbdev-export', cwd=tmp_path)
+    src,exp = ({p.name: p.read_text(encoding='utf-8') for p in (d/'mixfast').glob('*.py')} for d in (root, tmp_path))
+    assert src == exp, 'run nbdev-export'
+
+def test_readme_is_what_index_says(): run(sys.executable, 'tools/readme.py', '--check')
+
+class Page(HTMLParser):
+    "The anchors of a page, and what it links to and shows"
+    def __init__(self, path):
+        super().__init__()
+        self.ids,self.urls = set(),[]
+        self.feed(path.read_text(encoding='utf-8'))
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        self.ids.add(a.get('id'))
+        self.urls += [a[k] for k in ('href', 'src') if a.get(k)]
+
+def test_pages_build_and_links_resolve(tmp_path):
+    run(sys.executable, 'tools/preview.py', tmp_path)
+    pages = {p: Page(p) for p in tmp_path.rglob('*.html')}
+    assert len(pages) == len(nbs)
+    dead = []
+    for p,page in pages.items():
+        for url in page.urls:
+            if re.match('[a-z]+:', url): continue # another site, or a picture within the page
+            path,_,anchor = url.partition('#')
+            target = (p.parent/path).resolve() if path else p
+            if not target.exists() or anchor and anchor not in pages[target].ids: dead.append(f'{p.name}: {url}')
+    assert not dead, dead

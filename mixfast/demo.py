@@ -25,7 +25,8 @@ from .schedule import Hypers, check_alpha
 
 # %% ../nbs/10_demo.ipynb #d278c445
 METHODS = {'SL': dict(e_ssl=0, rho=0), 'SSL+SL': dict(rho=0), 'MixTraining': {}}
-VIT = dict(arch='vit_tiny_patch16_224', patch_size=2, embed_dim=48, num_heads=3, depth=3)
+VIT = dict(arch='vit_tiny_patch16_224', patch_size=2, embed_dim=48, num_heads=3, depth=3,
+           global_pool='avg', class_token=False) # the classifier reads all features
 RECIPE = Recipe(ssl=Hypers(3e-2, warmup=0.2), sl=Hypers(1.5e-2, warmup=0.05))
 
 # %% ../nbs/10_demo.ipynb #0f93d0c3

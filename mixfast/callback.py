@@ -253,7 +253,7 @@ def plot_history(self:MixRecorder,
         ax.set_ylabel(k)
     for ax in axs: self.shade(ax)
     for p in phases: axs[0].fill_between([], [], color=phase_colors[p], alpha=0.35, label=f'{p} phase')
-    axs[0].legend(fontsize=8, ncol=2)
+    axs[0].legend(fontsize=8, loc='upper left', bbox_to_anchor=(1,1))
     axs[-1].set_xlabel('epoch')
     return axs
 

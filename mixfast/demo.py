@@ -121,7 +121,7 @@ def main(
     "Train a small ViT on handwritten digits, 20 labelled images a class, by SL, SSL+SL and MixTraining"
     warnings.filterwarnings('ignore')
     plt.switch_backend('Agg')
-    print(f"20 labelled digits of each class, 1,437 without labels; a ViT of {VIT['depth']} blocks from scratch.\n"
+    print(f"1,437 digits, 20 of each class labelled; a ViT of {VIT['depth']} blocks from scratch.\n"
           f"The same labels, rates and batches for all methods: {epochs} epochs of SSL, {epochs} of SL; MixTraining\n"
           f"merges the share {rho} of them. {seeds} seeds.\n")
     try: df = demo(epochs, rho, alpha, seeds, out)

@@ -14,6 +14,7 @@ from numbers import Integral
 from pathlib import Path
 
 from PIL import Image
+from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Category
@@ -76,8 +77,6 @@ class ImageStore:
     def shape(self)->tuple: return tuple(self.x.shape[1:])
 
 # %% ../nbs/04_data.ipynb #10763d5d
-from fastcore.basics import patch
-
 @patch
 def batch(self:ImageStore, idxs)->tuple:
     "The images at `idxs` as uint8 [B,C,H,W], and their labels int64 [B] if there are any"

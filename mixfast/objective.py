@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
+from fastcore.basics import patch
 from fastai.vision.learner import TimmBody
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, init_weights_vit_timm
@@ -161,7 +162,7 @@ class TokenDecoder(nn.Module):
         t = torch.where(mask[...,None], self.mask_token, self.embed(t))
         return self.pred(self.norm(self.blocks(t+self.pos)))
 
-# %% ../nbs/02_objective.ipynb #f833367a
+# %% ../nbs/02_objective.ipynb #0992624b
 class MAE(Objective):
     "Modified masked autoencoder: all patches are encoded, a share of their *features* is masked and rebuilt"
     def __init__(self,
@@ -176,31 +177,41 @@ class MAE(Objective):
 
     def setup(self, backbone, x):
         self.lay,(b,c,h,w) = find_layout(backbone, x),x.shape
-        (rows,cols),n = self.lay.grid,math.prod(self.lay.grid)
-        self.n_mask = round(self.mask_ratio*n)
-        if not 0<self.n_mask<n or h%rows or w%cols:
-            raise ValueError(f"MAE with mask_ratio={self.mask_ratio} needs a grid of features, some masked, some not, "
-                             f"that divides the image; this backbone gives {rows}x{cols} features for {h}x{w} pixels. "
-                             "Use objective='ae', or a larger image or a smaller patch.")
-        dim = self.dim or min(self.lay.dim, 512)//4*4
+        n = self.check_grid(h, w)
+        self.n_mask,dim = round(self.mask_ratio*n),self.dim or min(self.lay.dim, 512)//4*4
         heads = self.heads or next(o for o in range(max(dim//64, 1), 0, -1) if dim%o==0)
         self.decoder = TokenDecoder(self.lay, c*h*w//n, dim, self.depth, heads)
 
-    def forward(self, feats, x):
-        mask,pred = self.predict(feats)
-        err = (pred-patchify(x.float(), self.lay.grid)).square().mean(2)
-        return (err*mask).sum()/(len(x)*self.n_mask)
+# %% ../nbs/02_objective.ipynb #7ab57c31
+@patch
+def check_grid(self:MAE, h, w)->int:
+    "The number of features of an image of `h` times `w` pixels. Raises `ValueError` if they cannot be masked."
+    (rows,cols),n = self.lay.grid,math.prod(self.lay.grid)
+    if 0<round(self.mask_ratio*n)<n and h%rows==w%cols==0: return n
+    raise ValueError(f"MAE with mask_ratio={self.mask_ratio} needs a grid of features, some masked, some not, that "
+                     f"divides the image; this backbone gives {rows}x{cols} features for {h}x{w} pixels. "
+                     "Use objective='ae', or a larger image or a smaller patch.")
 
-    def predict(self, feats):
-        "A random mask, bool [B,N], and the pixels predicted under it, float32 [B,N,pixels*C]"
-        t = to_tokens(feats, self.lay)
-        mask = random_mask(*t.shape[:2], self.n_mask, t.device)
-        return mask, self.decoder(t, mask).float()
+# %% ../nbs/02_objective.ipynb #f833367a
+@patch
+def forward(self:MAE, feats, x):
+    mask,pred = self.predict(feats)
+    err = (pred-patchify(x.float(), self.lay.grid)).square().mean(2)
+    return (err*mask).sum()/(len(x)*self.n_mask)
 
-    def reconstruct(self, feats, x):
-        (mask,pred),p = self.predict(feats),patchify(x.float(), self.lay.grid)
-        back = lambda o: unpatchify(torch.where(mask[...,None], o, p), self.lay.grid, x.shape[-2:])
-        return back(torch.zeros_like(p)), back(pred)
+@patch
+def predict(self:MAE, feats)->tuple:
+    "A random mask, bool [B,N], and the pixels predicted, float32 [B,N,pixels*C]"
+    t = to_tokens(feats, self.lay)
+    mask = random_mask(*t.shape[:2], self.n_mask, t.device)
+    return mask, self.decoder(t, mask).float()
+
+@patch
+def reconstruct(self:MAE, feats, x)->tuple:
+    "The images without their masked patches, and with them rebuilt, both [B,C,H,W]"
+    (mask,pred),p = self.predict(feats),patchify(x.float(), self.lay.grid)
+    back = lambda o: unpatchify(torch.where(mask[...,None], o, p), self.lay.grid, x.shape[-2:])
+    return back(torch.zeros_like(p)), back(pred)
 
 # %% ../nbs/02_objective.ipynb #020ecbdc
 def two_strides(s:int)->tuple:

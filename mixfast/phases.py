@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+from fastcore.basics import patch
+
 # %% ../nbs/00_phases.ipynb #361c6e99
 def check_epochs(**epochs):
     "Raise unless every value is a whole number of epochs, 0 or more"
@@ -73,8 +75,6 @@ class MixPlan:
     def __repr__(self): return ' | '.join(f'{len(p)} {p.name}' for p in self.phases)
 
 # %% ../nbs/00_phases.ipynb #6c88601e
-from fastcore.basics import patch
-
 @patch(as_prop=True)
 def phases(self:MixPlan)->list:
     "The `Phase`s in order, empty ones left out"

@@ -6,7 +6,7 @@ Docs: https://mixfast.github.io/mixfast/data.html.md"""
 
 # %% auto #0
 __all__ = ['check_images', 'check_labels', 'ImageStore', 'MixStore', 'image_stats', 'MixBatch', 'MixDL', 'MixDataLoaders',
-           'phase_dl', 'as_images', 'mix_dls']
+           'phase_dl', 'as_images', 'check_tfms', 'check_stats', 'mix_dls']
 
 # %% ../nbs/04_data.ipynb #a0035ef3
 import numpy as np, matplotlib.pyplot as plt, torch
@@ -17,6 +17,7 @@ from PIL import Image
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.load import DataLoader
 from fastai.data.transforms import Category
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, default_device, to_device
@@ -105,6 +106,7 @@ class MixStore:
     n_inp,loss_func = 1,CrossEntropyLossFlat()
     def __init__(self, sl:ImageStore, ssl:ImageStore): self.sl,self.ssl,self.vocab,self.c = sl,ssl,sl.vocab,sl.c
     def __len__(self): return len(self.sl)
+    def __getitem__(self, i): return self.sl[i] # unmixed
     def draw(self, idxs, rng): return np.stack([idxs, rng.integers(len(self.ssl), size=len(idxs))], 1)
     def batch(self, idxs):
         x,*y = self.sl.batch(idxs[:,0])
@@ -120,7 +122,7 @@ def image_stats(
     h = np.stack([np.bincount(np.asarray(x[...,i]).ravel(), minlength=256) for i in range(x.shape[-1])])
     v,h = np.arange(256)/255, h/h.sum(1, keepdims=True)
     mean = h@v
-    return mean, np.sqrt(h@v**2 - mean**2)
+    return mean, np.sqrt((h@v**2 - mean**2).clip(1/255**2)) # a constant channel is not divided by 0
 
 # %% ../nbs/04_data.ipynb #bdab4e3f
 class MixBatch(ItemTransform):
@@ -167,16 +169,23 @@ class MixDL(TfmdDL):
     ):
         kwargs['indexed'] = True
         super().__init__(dataset, bs=max(min(bs, len(dataset)), 1), shuffle=shuffle, num_workers=0, **kwargs)
-        self.seed,self.epoch = torch.randint(2**31, ()).item() if seed is None else seed,-1
+        self.seed,self.passes,self.full_bs = torch.randint(2**31, ()).item() if seed is None else seed,0,bs
 
-    def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **{'seed':self.seed, **kwargs})
+    def new(self, dataset=None, cls=None, **kwargs):
+        return super().new(dataset, cls, **{'seed':self.seed, 'bs':self.full_bs, **kwargs})
+
     def _retain_dl(self, b): return b
     def before_iter(self):
         super().before_iter()
-        self.epoch += 1
+        self.passes += 1
+
+    def one_batch(self):
+        passes = self.passes
+        try: return super().one_batch()
+        finally: self.passes = passes
 
     def get_idxs(self):
-        rng = np.random.default_rng([self.seed, self.epoch+1])
+        rng = np.random.default_rng([self.seed, self.passes])
         return self.dataset.draw(rng.permutation(self.n) if self.shuffle else np.arange(self.n), rng)
 
     def create_batches(self, samps):
@@ -223,7 +232,8 @@ def phase_dl(
 ):
     "The training loader of a phase: with fastai's `DataLoaders` all phases see the training set"
     dl = getattr(dls, phase) if isinstance(dls, MixDataLoaders) else dls.train
-    return dl.new(bs=dl.n) if len(dl)==0 and dl.n else dl # fewer images than a batch: train on what there is
+    if not isinstance(dl, DataLoader): raise TypeError(f"dls must hold fastai's DataLoader or TfmdDL, got {type(dl)}")
+    return dl.new(bs=dl.n) if dl.n and len(dl)==0 else dl # fewer images than a batch: train on what there is
 
 # %% ../nbs/04_data.ipynb #d6b970b1
 def as_images(
@@ -250,17 +260,33 @@ def test_dl(self:MixDataLoaders, test_items, rm_type_tfms=None, with_labels=Fals
     return self.valid.new(ImageStore(as_images(items, ds.shape), y, ds.vocab), **kwargs)
 
 # %% ../nbs/04_data.ipynb #2375d801
-def _vocab(sl, vocab):
+def _vocab(labelled, vocab):
     "The class names: `vocab`, or the numbers up to the highest label"
-    if vocab is not None or sl is None: return list(vocab or ())
-    y = np.asarray(sl[1])
-    return list(range(int(y.max())+1)) if y.size and y.dtype.kind in 'iu' else []
+    if vocab is not None or labelled is None: return list(vocab or ())
+    y = np.asarray(labelled[1])
+    return [str(i) for i in range(int(y.max())+1)] if y.size and y.dtype.kind in 'iu' else []
+
+def check_tfms(tfms, x, name):
+    "Raise unless each of `tfms` takes uint8 images like `x` [B,C,H,W] and gives the same"
+    for t in L(tfms):
+        if not callable(t): raise TypeError(f"{name} must be functions of a batch, uint8 [B,C,H,W], got {t!r}")
+        try: y = t(x)
+        except Exception as e: raise ValueError(f"{name}: {t!r} fails on a batch of uint8 [B,C,H,W]: {e}") from e
+        if getattr(y, 'dtype', None)!=x.dtype or y.shape!=x.shape:
+            raise ValueError(f"{name}: {t!r} must give uint8 images of the same size, as it was given")
+
+def check_stats(stats, c):
+    "Raise unless `stats` are the mean and standard deviation of each of `c` channels"
+    m,s = [np.asarray(o, dtype=float).reshape(-1) for o in stats]
+    if not (len(m)==len(s)==c and np.isfinite(m).all() and (s>0).all()):
+        raise ValueError(f"stats must be (means, standard deviations > 0) of {c} channels, got {stats}")
+    return m,s
 
 def _stores(sl, valid, ssl, vocab):
     "`ImageStore`s of what is not None, all of one image size"
     for n,o in (('sl',sl), ('valid',valid)):
         if o is not None and len(o)!=2: raise ValueError(f"{n} must be a pair (images, labels), got {len(o)} things")
-    vocab = _vocab(sl, vocab)
+    vocab = _vocab(sl or valid, vocab)
     res = dict(sl=sl and ImageStore(*sl, vocab, name='sl'), valid=valid and ImageStore(*valid, vocab, name='valid'),
                ssl=None if ssl is None else ImageStore(ssl, vocab=vocab, name='ssl'))
     for n,o in res.items():
@@ -292,7 +318,9 @@ def mix_dls(
     if not isinstance(bs, Integral) or bs<1: raise ValueError(f"bs must be a whole number of images, got {bs!r}")
     if sl is None and ssl is None: raise ValueError("pass labelled data as sl=(images, labels), other images as ssl")
     sl,valid,ssl = _stores(sl, valid, ssl, vocab)
-    mean,std = image_stats((sl or ssl).x) if stats is None else stats
+    first = sl or ssl
+    for n,t in (('tfms',tfms), ('ssl_tfms',ssl_tfms)): check_tfms(t, first.batch([0,-1])[0], n)
+    mean,std = image_stats(first.x) if stats is None else check_stats(stats, first.shape[2])
     seed = torch.randint(2**31, ()).item() if seed is None else seed
     def dl(ds, i, train=True, **kw):
         return MixDL(ds, bs=bs, shuffle=shuffle and train, drop_last=drop_last and train, seed=seed+i,
@@ -300,5 +328,5 @@ def mix_dls(
     d_ssl = dl(ssl or ImageStore(sl.x, vocab=sl.vocab), 1, tfms=ssl_tfms)
     d_sl  = dl(sl, 0, tfms=tfms) if sl else d_ssl
     d_mix = dl(MixStore(sl, ssl), 2, tfms=tfms, ssl_tfms=ssl_tfms, lam=lam) if sl and ssl else d_sl
-    d_val = dl(valid or (sl or ssl).new_empty(), 3, train=False)
+    d_val = dl(valid or first.new_empty(), 3, train=False)
     return MixDataLoaders(d_sl, d_val, d_ssl, d_mix, path=path, device=device or default_device())

@@ -18,19 +18,28 @@ from torch import nn, Tensor
 from fastcore.foundation import L
 from fastcore.xtras import is_listy
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import params, trainable_params
+from fastai.torch_core import even_mults, params, trainable_params
 
 from .objective import check_splittable, features, find_layout, get_objective, logits
 
 # %% ../nbs/03_model.ipynb #61f3b773
+@torch.no_grad()
+def n_outputs(backbone, x)->int:
+    "Outputs of the classifier of `backbone` for images like `x`; 0 if it has none"
+    if getattr(backbone, 'num_classes', None)==0: return 0
+    training = backbone.training
+    try: return backbone.eval()(x).shape[-1]
+    finally: backbone.train(training)
+
+# %% ../nbs/03_model.ipynb #01913f5c
 MixOutput = namedtuple('MixOutput', 'logits ssl_loss')
 
 class MixModel(nn.Module):
     "A `backbone` with its classifier, and an `objective` that shares its features"
     def __init__(self,
         backbone:nn.Module, # A timm model, or fastai's `Sequential(body, head)`; it is kept as it is
-        objective=None, # What `get_objective` takes; it is copied. Default: `MAE` for tokens, `AE` for maps
-        x:Tensor=None, # Images like those to come, float [B,C,H,W], to build the objective from
+        objective, # What `get_objective` takes; it is copied. None: `MAE` for tokens, `AE` for maps
+        x:Tensor, # Images like those to come, float [B,C,H,W], to build the objective from
     ):
         super().__init__()
         check_splittable(backbone)
@@ -39,6 +48,7 @@ class MixModel(nn.Module):
         self.objective = deepcopy(get_objective(objective, self.layout))
         self.objective.setup(backbone, x)
         self.objective.to(x.device)
+        self.n_out = n_outputs(backbone, x)
 
     def forward(self, x):
         "`MixOutput` where a self-supervised loss is due; logits [B,classes] of the plain classifier otherwise"
@@ -64,9 +74,10 @@ def mix_splitter(
     pairs:bool=True, # Split each group in two: decayed, not decayed
     wd_bn_bias:bool=False, # Decay everything
 )->list: # Lists of parameters
-    "Parameter groups of a `MixModel`: the objective, then those of `base`"
+    "Parameter groups of a `MixModel`: those of `base`, the objective with the first"
     groups = base(model.backbone)
-    groups = [params(model.objective)] + [list(g) for g in (groups if is_listy(groups[0]) else [groups])]
+    groups = [list(g) for g in (groups if is_listy(groups[0]) else [groups])]
+    groups[0] = params(model.objective) + groups[0]
     if not pairs: return groups
     nd = set() if wd_bn_bias else no_decay(model)
     return [[p for p in g if (p in nd)==b] for g in groups for b in (False, True)]
@@ -78,7 +89,11 @@ class MixOptim(OptimWrapper):
         self.set_hyper('wd', self.hypers[0]['wd'])
 
     def set_hyper(self, k, v):
-        if k=='wd' and not is_listy(v): v = [v,0.]*(len(self.param_lists)//2)
+        n = len(self.param_lists)//2
+        if isinstance(v, slice): v = even_mults(v.start, v.stop, n) if v.start else [v.stop/10]*(n-1) + [v.stop]
+        v = L(v, use_list=None)
+        if len(v)==1: v = v*n
+        if len(v)==n: v = [o for v_ in v for o in (v_, 0. if k=='wd' else v_)]
         super().set_hyper(k, v)
 
     def freeze_to(self, n): super().freeze_to(2*n)

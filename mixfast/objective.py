@@ -180,6 +180,7 @@ class MAE(Objective):
         n = self.check_grid(h, w)
         self.n_mask,dim = round(self.mask_ratio*n),self.dim or min(self.lay.dim, 512)//4*4
         heads = self.heads or next(o for o in range(max(dim//64, 1), 0, -1) if dim%o==0)
+        if dim%4 or dim%heads: raise ValueError(f"dim must be a multiple of 4 and of heads, got {dim=}, {heads=}")
         self.decoder = TokenDecoder(self.lay, c*h*w//n, dim, self.depth, heads)
 
 # %% ../nbs/02_objective.ipynb #7ab57c31

@@ -1,11 +1,17 @@
 """A fit among fastai's other callbacks, and every way out of one."""
-import numpy as np, pytest, torch
-from PIL import Image
+from dataclasses import replace
 
-from conftest import HOT, TINY, images, same, state
-from mixfast.all import (CSVLogger, Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException,
-    CancelValidException, DataLoaders, EarlyStoppingCallback, GradientAccumulation, GradientClip, Learner, MixModel, MixUp, ShowGraphCallback,
-    ProgressCallback, RNNRegularizer, SaveModelCallback, TerminateOnNaNCallback, load_learner, mix_dls, noop, set_seed, vision_learner)
+import numpy as np, pandas as pd, pytest, timm, torch, torchvision
+from PIL import Image
+from torch import nn
+
+from conftest import HOT, images, same, state
+from mixfast.all import (CSVLogger, Callback, CancelBatchException, CancelEpochException, CancelFitException,
+    CancelTrainException, CancelValidException, CrossEntropyLossFlat, DataBlock, DataLoaders, EarlyStoppingCallback,
+    GradientAccumulation, GradientClip, ImageBlock, ImageDataLoaders, Learner, MixModel, MixUp, ProgressCallback, RandomSplitter,
+    Recipe, SaveModelCallback, TerminateOnNaNCallback, accuracy, get_image_files, load_learner, mix_dls, mix_learner, noop,
+    resnet18, set_seed, vision_learner)
+from mixfast.data import phase_dl
 
 FIT = dict(e_ssl=4, e_sl=4, rho=0.5, recipe=HOT)
 PHASES = ['ssl']*2+['mix']*2+['sl']*2
@@ -45,7 +51,8 @@ def test_cancel_anywhere(make, event, exc):
     for n in (1, 5):
         learn = make()
         try: learn.fit_mixtraining(**FIT, cbs=At(event, exc('stop'), n))
-        except Exception: pass # fastai does not expect every one of them everywhere; what matters is how it leaves the learner
+        except (exc, AttributeError, AssertionError, IndexError) as e: # fastai does not expect each of them everywhere
+            assert isinstance(e, exc) or 'MixRecorder' not in str(e) and 'MixTraining' not in str(e), e
         works(learn)
 
 def test_keyboard_interrupt(make):
@@ -76,7 +83,7 @@ def test_history_and_table(make, tmp_path):
     assert np.allclose(h.train_loss[2:4], (h.ssl_loss+h.sl_loss)[2:4]/2, rtol=1e-5)
     assert (h.seconds>=h.train_seconds).all() and (h.train_seconds>0).all()
     assert learn.mix.seconds==pytest.approx(h.groupby('phase').train_seconds.sum().to_dict())
-    csv = learn.csv_logger.read_log() if hasattr(learn, 'csv_logger') else __import__('pandas').read_csv(tmp_path/'history.csv')
+    csv = pd.read_csv(tmp_path/'history.csv')
     assert list(csv)==['epoch','train_loss','valid_loss','accuracy','ssl_loss','sl_loss','seconds','phase'] and csv.phase.tolist()==PHASES
     assert learn.recorder.metric_names[1:3]==['train_loss','valid_loss'] # where other callbacks look for them
     assert len(learn.recorder.losses)==18 and learn.recorder.iters==[3,6,9,12,15,18]
@@ -152,21 +159,30 @@ def test_early_stopping_waits_for_supervision(make, monitor):
     works(learn)
 
 def test_gradient_accumulation_equals_the_large_batch(make):
-    a,b = make(bs=8, objective='ae'),make(bs=4, objective='ae')
-    for o in (a,b):
-        for dl in o.dls.loaders[:1]+o.dls.loaders[2:]: dl.shuffle = False
-    def hot(bs): # the same rate for both
-        import dataclasses
-        return dataclasses.replace(HOT, **{k: dataclasses.replace(getattr(HOT,k), lr=getattr(HOT,k).lr*8/bs, warmup=0.) for k in ('ssl','sl')})
-    lrs = lambda o: o.fit_mixtraining(2, 2, rho=0.5, recipe=hot(o.dls.train.bs), cbs=[] if o is a else GradientAccumulation(8))
-    steps = [0,0]
-    class Count(Callback):
+    "Two batches of 4 give the step of one of 8, at the same rate"
+    learns = []
+    for bs in (8,4):
+        learn = make(bs=bs, objective='ae')
+        for name in ('ssl','sl'): phase_dl(learn.dls, name).shuffle = False
+        hypers = [replace(h, lr=h.lr*8/bs, warmup=0.) for h in (HOT.ssl, HOT.sl)]
+        learn.fit_mixtraining(2, 2, rho=0.5, recipe=Recipe(*hypers), cbs=[ConstantRate()] + ([GradientAccumulation(8)] if bs==4 else []))
+        learns.append(learn)
+    a,b = (state(o.model) for o in learns)
+    assert learns[0].mix.history.phase.tolist()==learns[1].mix.history.phase.tolist()==['ssl','mix','sl']
+    assert max((a[k]-b[k]).abs().max().item() for k in a)<1e-4
+
+class ConstantRate(Callback):
+    "Takes the schedule out, which counts batches"
+    order,run_valid = 61,False
+    def before_batch(self): self.opt.set_hyper('lr', 1e-3)
+
+def test_what_gradient_accumulation_gathered_stays_in_its_phase(make):
+    steps = []
+    class Log(Callback):
         run_valid = False
-        def __init__(self, i): self.i = i
-        def after_step(self): steps[self.i] += 1
-    a.add_cb(Count(0)); b.add_cb(Count(1))
-    lrs(a); lrs(b)
-    assert steps==[9,9] and b.mix.history.phase.tolist()==['ssl','mix','sl']
+        def after_step(self): steps.append((self.mix_training.ph.name, self.epoch, self.iter))
+    make().fit_mixtraining(2, 2, rho=0.5, recipe=HOT, cbs=[GradientAccumulation(16), Log()]) # 3 batches of 8 an epoch: one is left over
+    assert steps==[('ssl',0,1), ('mix',1,1), ('sl',2,1)]
 
 def test_gradient_clip_mixup_and_others(make):
     learn = make()
@@ -174,7 +190,7 @@ def test_gradient_clip_mixup_and_others(make):
     class Log(Callback):
         order,run_valid = 100,False
         def before_batch(self): seen.append((self.mix_training.ph.name, hasattr(self.mix_up, 'yb1') and self.mix_up.run))
-    learn.fit_mixtraining(**FIT, cbs=[GradientClip(0.1), MixUp(), RNNRegularizer(0,0), TerminateOnNaNCallback(), Log()])
+    learn.fit_mixtraining(**FIT, cbs=[GradientClip(0.1), MixUp(), TerminateOnNaNCallback(), Log()])
     assert set(seen)=={('ssl',False), ('mix',True), ('sl',True)}
     works(learn)
 
@@ -239,7 +255,6 @@ def test_lr_find_and_plain_fits(make):
 
 def file_dls(tmp_path, n=24):
     "fastai's ordinary loaders from files"
-    from fastai.vision.all import ImageDataLoaders
     x,y = images(n, 32, 3)
     for i,(im,k) in enumerate(zip(x, y)): Image.fromarray(im).save(tmp_path/f'{k}_{i}.png')
     set_seed(0)
@@ -248,8 +263,6 @@ def file_dls(tmp_path, n=24):
 
 @pytest.mark.parametrize('arch', ['resnet18','vit_tiny_patch16_224','timm'])
 def test_plain_learners(tmp_path, arch):
-    import timm
-    from fastai.vision.all import accuracy, resnet18
     dls = file_dls(tmp_path)
     if arch=='resnet18': learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy)
     elif arch=='timm': learn = Learner(dls, timm.create_model('convnext_atto', num_classes=3), metrics=accuracy)
@@ -369,7 +382,6 @@ def test_bad_data(kw, err, match):
     with pytest.raises(err, match=match): mix_dls(**kw)
 
 def test_models_that_do_not_fit(make, tmp_path):
-    import timm, torchvision
     with pytest.raises(TypeError, match='cannot be split into features and head'): make(arch=torchvision.models.resnet18(num_classes=3))
     with pytest.raises(ValueError, match="Use objective='ae'"): make(size=32, c=3, arch='resnet18', objective='mae')
     with pytest.raises(TypeError, match='gives features list'): make(size=240, c=3, n=3, bs=2, arch='crossvit_tiny_240')
@@ -379,12 +391,88 @@ def test_models_that_do_not_fit(make, tmp_path):
     assert not isinstance(learn.model, MixModel)
 
 def test_unlabelled_fastai_data(tmp_path):
-    from fastai.vision.all import DataBlock, ImageBlock, RandomSplitter, get_image_files, CrossEntropyLossFlat
     file_dls(tmp_path)
     dls = DataBlock(blocks=ImageBlock, get_items=get_image_files, splitter=RandomSplitter(seed=0)).dataloaders(tmp_path, bs=8, num_workers=0)
-    import timm
     learn = Learner(dls, timm.create_model('convnext_atto', num_classes=0), loss_func=CrossEntropyLossFlat())
     learn.remove_cb(ProgressCallback); learn.logger = noop
     with pytest.raises(ValueError, match='have no labels'): learn.fit_mixtraining(1, 1)
     learn.fit_mixtraining(1, 0)
     assert learn.mix.history.ssl_loss.notna().all()
+
+def test_new_images_keep_the_batch_size(make):
+    learn = make(bs=64)
+    assert learn.dls.valid.bs==9 and learn.dls.test_dl(list(images(70)[0])).bs==64
+    learn.export('e.pkl')
+    assert load_learner(learn.path/'e.pkl').dls.test_dl(list(images(70)[0])).bs==64
+
+def test_looking_does_not_change_the_order(make):
+    runs = []
+    for look in (False,True):
+        learn = make()
+        if look: learn.dls.show_batch(); learn.dls.one_batch(); learn.dls.ssl.one_batch()
+        set_seed(3)
+        learn.fit_mixtraining(**FIT)
+        runs.append(state(learn.model))
+    assert same(*runs)
+
+def test_too_few_outputs(make):
+    for n in (0,2):
+        with pytest.raises(ValueError, match=f'the model has {n} outputs for 3 classes'): make(n_out=n).fit_mixtraining(1, 1)
+
+def test_discriminative_rates(make):
+    body_head = lambda m: [[p for n,p in m.named_parameters() if ('head' in n)==b] for b in (False,True)]
+    learn = make(splitter=body_head)
+    learn.create_opt()
+    learn.opt.set_hypers(lr=slice(1e-4,1e-3), wd=0.3)
+    assert [h['lr'] for h in learn.opt.hypers]==pytest.approx([1e-4,1e-4,1e-3,1e-3]) and [h['wd'] for h in learn.opt.hypers]==[0.3,0,0.3,0]
+    learn.fit_one_cycle(1, slice(1e-4,1e-3))
+    learn.fit_mixtraining(**FIT)
+    works(learn)
+
+def test_cancelled_batches_do_not_blur_the_history(make):
+    class Skip(Callback):
+        run_valid = False
+        def after_pred(self):
+            if self.iter==1: raise CancelBatchException
+    learn = make()
+    learn.fit_mixtraining(**FIT, cbs=Skip())
+    h = learn.mix.history
+    assert np.allclose(h.train_loss[2:4], (h.ssl_loss+h.sl_loss)[2:4]/2, rtol=1e-5)
+
+def test_a_sleeping_callback_stays_asleep(make):
+    mixup,saver = MixUp(),SaveModelCallback()
+    mixup.run = False
+    learn = make()
+    learn.fit_mixtraining(**FIT, cbs=[mixup, saver])
+    assert not mixup.run and not hasattr(mixup, 'yb1')
+
+def test_more_bad_input(make, tmp_path):
+    x,y = images(12)
+    for kw,err,match in ((dict(tfms='cifar'), TypeError, 'tfms must be functions of a batch'),
+                         (dict(tfms=lambda o: o.float()), ValueError, 'must give uint8 images of the same size'),
+                         (dict(ssl_tfms=lambda o: o.nope()), ValueError, 'ssl_tfms: .* fails on a batch'),
+                         (dict(stats=([0.5]*3,[0.2]*3)), ValueError, 'of 1 channels'), (dict(stats=([0.5],[0.])), ValueError, 'stats must be')):
+        with pytest.raises(err, match=match): mix_dls((x,y), **kw)
+    assert torch.isfinite(mix_dls((np.zeros_like(x),y), bs=4).one_batch()[0]).all()
+    assert mix_dls(ssl=x, valid=(x,y)).vocab==['0','1','2']
+    with pytest.raises(TypeError, match='are for timm.create_model'):
+        mix_learner(mix_dls((x,y)), timm.create_model('resnet10t', in_chans=1, num_classes=3), patch_size=4)
+    assert mix_learner(mix_dls(images(6, 32, 3)), 'resnet10t', img_size=32).model.layout.grid==(1,1)
+    loader = torch.utils.data.DataLoader([(torch.zeros(3,32,32),0)]*4, batch_size=2)
+    with pytest.raises(TypeError, match="fastai's DataLoader"):
+        Learner(DataLoaders(loader, loader), timm.create_model('resnet10t', num_classes=3), loss_func=CrossEntropyLossFlat()).fit_mixtraining(1,1)
+
+def test_choosing_an_objective_for_a_frozen_learner(tmp_path):
+    learn = vision_learner(file_dls(tmp_path), 'resnet18', pretrained=False)
+    learn.remove_cb(ProgressCallback); learn.logger = noop
+    learn.freeze()
+    learn.to_mix('ae')
+    assert all(p.requires_grad for p in learn.model.parameters())
+
+def test_not_square_and_other_channels(make):
+    rng = np.random.default_rng(0)
+    x,y = rng.integers(0, 256, (12,16,8,4)).astype(np.uint8),np.arange(12)%3
+    learn = make(dls=mix_dls((x,y), (x,y), bs=4))
+    learn.fit_mixtraining(2, 2)
+    learn.mix.show_reconstructions(n=2)
+    assert learn.model.layout.grid==(8,4) and learn.predict(x[0])[0] in '012'

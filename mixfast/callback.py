@@ -238,6 +238,7 @@ def plot_metrics(self:MixRecorder, axs):
     axs[0].set(ylabel='loss', yscale='log')
     for ax,k in zip(axs[1:], self.metric_cols()): ax.plot(h.epoch+1, h[k], color='C2', label=k); ax.set_ylabel(k)
 
+# %% ../nbs/06_callback.ipynb #7133634e
 @patch
 def plot_history(self:MixRecorder,
     figsize:tuple=None, # In inches

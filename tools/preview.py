@@ -44,7 +44,7 @@ def main(
     for nb,here in zip(nbs, pages):
         # MathML has no \tag: an equation's number stands behind it instead
         md = re.sub(r'\\tag\{(.*?)\}', r'\\qquad \\text{(\1)}', nb_md(nb, image))
-        desc = escape(fms[nb].get('description', ''))
+        desc = re.sub('`(.+?)`', r'<code>\1</code>', escape(fms[nb].get('description', '')))
         html = pypandoc.convert_text(md, 'html', format='markdown', extra_args=[
             '--mathml', '--toc', f'--template={root}/tools/preview.html', f'--variable=title:{escape(pages[here])}',
             f'--variable=description:{desc}', f'--variable=nav:{sidebar(pages, here)}'])

@@ -62,7 +62,7 @@ def fit_step(rounds=7, n=1280, bs=64):
         if i: rs.append(learn.mix.seconds['mix']/b)
     show(f'fit_mixtraining step / bare loop step, dim 96, 6 blocks, batch {bs}', rs, 'at most 1.05')
 
-def whole_fit(rounds=5, n=320, bs=64):
+def whole_fit(rounds=5, n=192, bs=64):
     learn,rs = learner(n, bs),[]
     for i in range(rounds):
         t = []

@@ -19,5 +19,5 @@ from .callback import *
 from .learner import *
 
 # %% ../nbs/all.ipynb #b927db3e
-_own = 'features logits layout span restored pair_up to_map to_tokens two_strides as_images phases'.split()
+_own = 'evaluating features logits layout span restored pair_up to_map to_tokens two_strides as_images phases'.split()
 __all__ = [o for o in globals() if not o.startswith(('_','check_')) and o not in _own]

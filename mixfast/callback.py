@@ -22,6 +22,7 @@ from fastai.torch_core import find_bs
 
 from .data import phase_dl
 from .model import MixModel, MixOutput, no_decay
+from .objective import evaluating
 from .phases import MixPlan, phase_colors
 from .schedule import alpha_at, check_alpha
 
@@ -259,7 +260,6 @@ def plot_history(self:MixRecorder,
 
 # %% ../nbs/06_callback.ipynb #bf048fa5
 @patch
-@torch.no_grad()
 def show_reconstructions(self:MixRecorder,
     n:int=8, # Images
     x=None, # Images to show, normalised floats [B,C,H,W]; default: of the validation set, or else of the training set
@@ -269,13 +269,11 @@ def show_reconstructions(self:MixRecorder,
     "Images, what the objective sees of them, and its reconstructions, in three rows"
     m,dl = self.learn.model,self.dls.valid if len(self.dls.valid) else self.dls.train
     if x is None and not len(dl): raise ValueError("there are no images to show: pass x")
-    training = m.training
-    with torch.random.fork_rng(): # looking does not change what comes next
+    with torch.random.fork_rng(), evaluating(m): # looking does not change what comes next
         x = (dl.one_batch()[0] if x is None else x)[:n].to(next(m.parameters()).device).as_subclass(torch.Tensor)
-        feats = m.eval().objective.encode(m.backbone, x)
+        feats = m.objective.encode(m.backbone, x)
         torch.manual_seed(seed)
         rows = x, *m.objective.reconstruct(feats, x)
-    m.train(training)
     lo,hi = x.amin((1,2,3), keepdim=True),x.amax((1,2,3), keepdim=True)
     axs = (fig or plt.figure(figsize=(1.3*len(x), 4))).subplots(3, len(x), squeeze=False)
     for axr,ims,name in zip(axs, rows, ('image','seen','rebuilt')):

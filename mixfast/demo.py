@@ -72,7 +72,7 @@ def picture(
     learn, # A learner that has been trained with an SSL phase
     path, # PNG to write
 ):
-    "Accuracy against training seconds, a point a method, and reconstructions below"
+    "Accuracy against training seconds, a point a method, and reconstructions beside it"
     fig = plt.figure(figsize=(13,4))
     left,right = fig.subfigures(1, 2, width_ratios=[1,1.6])
     ax = left.subplots()

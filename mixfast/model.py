@@ -20,16 +20,13 @@ from fastcore.xtras import is_listy
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import even_mults, params, trainable_params
 
-from .objective import check_splittable, features, find_layout, get_objective, logits
+from .objective import check_splittable, evaluating, find_layout, get_objective, logits
 
 # %% ../nbs/03_model.ipynb #61f3b773
-@torch.no_grad()
 def n_outputs(backbone, x)->int:
     "Outputs of the classifier of `backbone` for images like `x`; 0 if it has none"
     if getattr(backbone, 'num_classes', None)==0: return 0
-    training = backbone.training
-    try: return backbone.eval()(x).shape[-1]
-    finally: backbone.train(training)
+    with evaluating(backbone) as m: return m(x).shape[-1]
 
 # %% ../nbs/03_model.ipynb #01913f5c
 MixOutput = namedtuple('MixOutput', 'logits ssl_loss')

@@ -6,11 +6,12 @@ Docs: https://mixfast.github.io/mixfast/objective.html.md"""
 
 # %% auto #0
 __all__ = ['objectives', 'features', 'logits', 'check_splittable', 'Layout', 'layout', 'to_tokens', 'to_map', 'Objective',
-           'find_layout', 'patchify', 'unpatchify', 'random_mask', 'TokenDecoder', 'MAE', 'two_strides', 'AE',
-           'get_objective']
+           'evaluating', 'find_layout', 'patchify', 'unpatchify', 'random_mask', 'TokenDecoder', 'MAE', 'two_strides',
+           'AE', 'get_objective']
 
 # %% ../nbs/02_objective.ipynb #a504f327
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch, torch.nn.functional as F
@@ -109,12 +110,17 @@ class Objective(nn.Module):
         "Images to show: what the objective was given to see and what it made of it, both [B,C,H,W]"
         raise NotImplementedError(f"{type(self).__name__} does not reconstruct images")
 
-@torch.no_grad()
+@contextmanager
+def evaluating(model:nn.Module):
+    "`model` in evaluation mode and without gradients, and then as it was"
+    training = model.training
+    try:
+        with torch.no_grad(): yield model.eval()
+    finally: model.train(training)
+
 def find_layout(backbone:nn.Module, x:Tensor)->Layout:
     "The `Layout` of the features of `backbone` for images like `x`, float [B,C,H,W], leaving it as it was"
-    training = backbone.training
-    try: return layout(backbone, features(backbone.eval(), x), x.shape[-2:])
-    finally: backbone.train(training)
+    with evaluating(backbone) as m: return layout(m, features(m, x), x.shape[-2:])
 
 # %% ../nbs/02_objective.ipynb #c9d21ce3
 def patchify(

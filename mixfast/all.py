@@ -13,11 +13,14 @@ from .phases import *
 from .schedule import *
 from .objective import *
 from .model import *
+from .augment import *
 from .data import *
+from .cache import *
 from .datasets import *
 from .callback import *
 from .learner import *
 
 # %% ../nbs/all.ipynb #b927db3e
-_own = 'evaluating features logits layout span restored pair_up to_map to_tokens two_strides as_images phases'.split()
+_own = '''evaluating features logits layout span restored pair_up to_map to_tokens two_strides as_images alike blend seeded
+          fits phases decode_image decode_images cache_key open_cache build_cache'''.split()
 __all__ = [o for o in globals() if not o.startswith(('_','check_')) and o not in _own]

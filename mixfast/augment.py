@@ -61,13 +61,12 @@ def random_boxes(
     r = torch.empty(n,10).uniform_(*map(math.log, ratio)).exp()
     bw,bh = (area*r).sqrt().round().long(),(area/r).sqrt().round().long()
     ok = (bw>0)&(bw<=w)&(bh>0)&(bh<=h)
-    first = ok.int().argmax(1, keepdim=True)
-    r0 = min(max(w/h, ratio[0]), ratio[1]) # if no try fits
-    bh0,bw0 = min(h, round(w/r0)),min(w, round(h*r0))
-    bh,bw = [torch.where(ok.any(1), o.gather(1, first)[:,0], o0) for o,o0 in ((bh,bh0), (bw,bw0))]
-    u = torch.rand(2,n)
-    u[:,~ok.any(1)] = 0.5
-    return (u[0]*(h-bh+1)).long().clamp(max=h-1), (u[1]*(w-bw+1)).long().clamp(max=w-1), bh, bw
+    found,first = ok.any(1),ok.int().argmax(1, keepdim=True)
+    r = min(max(w/h, ratio[0]), ratio[1]) # if no try fits
+    bh = torch.where(found, bh.gather(1, first)[:,0], min(h, round(w/r)))
+    bw = torch.where(found, bw.gather(1, first)[:,0], min(w, round(h*r)))
+    top,left = [torch.where(found, (torch.rand(n)*(o+1)).long().minimum(o), o//2) for o in (h-bh, w-bw)]
+    return top, left, bh, bw
 
 # %% ../nbs/03a_augment.ipynb #bd08683b
 def cubic_weights(
@@ -115,7 +114,7 @@ class BatchResizedCrop:
 def _affine(x, **kw): return TF.affine(x, **{'angle':0., 'translate':[0,0], 'scale':1., 'shear':[0.,0.], **kw})
 def _degrees(v): return math.degrees(math.atan(v))
 
-rand_ops = dict( # name: (operation on `x` with the value `v`, its value at strength `s` of 0..1, does it have two signs?)
+rand_ops = dict( # name: (operation on `x` with a value `v`, the value at strength `s` of 0..1, has it two signs?)
     Identity     = (lambda x,v: x,                                                 lambda s,hw: 0,               False),
     ShearX       = (lambda x,v: _affine(x, shear=[_degrees(v),0.], center=[0,0]),  lambda s,hw: 0.3*s,           True),
     ShearY       = (lambda x,v: _affine(x, shear=[0.,_degrees(v)], center=[0,0]),  lambda s,hw: 0.3*s,           True),

@@ -8,7 +8,7 @@ Docs: https://mixfast.github.io/mixfast/cache.html.md"""
 __all__ = ['decode_image', 'decode_images', 'cache_key', 'open_cache', 'build_cache', 'load_files']
 
 # %% ../nbs/04a_cache.ipynb #a162cc3a
-import hashlib, json, os, shutil, sys, warnings, zlib
+import hashlib, json, os, shutil, sys, threading, time, warnings, zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -73,13 +73,23 @@ def open_cache(
     return x, [tuple(o) for o in meta['bad']]
 
 # %% ../nbs/04a_cache.ipynb #9583238a
-def _pool(n): return ProcessPoolExecutor(n, get_context('fork')) if sys.platform=='linux' else ThreadPoolExecutor(n)
+def _end_with(parent):
+    "End this process when the process `parent` has"
+    def watch():
+        while os.getppid()==parent: time.sleep(0.2)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+def _pool(n):
+    if sys.platform!='linux': return ThreadPoolExecutor(n)
+    return ProcessPoolExecutor(n, get_context('fork'), _end_with, (os.getpid(),))
 
 def _parts(f, chunks, n_workers, bar):
     "`f` of each of `chunks` in order, by `n_workers` if there is more than one chunk"
     if len(chunks)==1: return (yield f(chunks[0]))
     with _pool(n_workers) as ex:
-        try: yield from progress_bar(ex.map(f, chunks), total=len(chunks), display=bar)
+        parts = ex.map(f, chunks)
+        try: yield from progress_bar(parts, total=len(chunks)) if bar else parts
         except BaseException:
             ex.shutdown(wait=False, cancel_futures=True)
             raise

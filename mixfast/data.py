@@ -226,7 +226,8 @@ def sample(self:SeededDL):
     "The samples of this process: with several workers, every so many batches"
     idxs = np.asarray(self._DataLoader__idxs) # what fastai's `__iter__` has got from `get_idxs`
     if self.num_workers==1: return idxs
-    return np.concatenate([idxs[:0]]+[idxs[i:i+self.bs] for i in range(0, len(idxs), self.bs)][self.offs::self.num_workers])
+    batches = [idxs[i:i+self.bs] for i in range(0, len(idxs), self.bs)]
+    return np.concatenate([idxs[:0], *batches[self.offs::self.num_workers]])
 
 @patch
 def create_batches(self:SeededDL, samps):
@@ -248,7 +249,7 @@ def load(self:SeededDL,
 # %% ../nbs/04_data.ipynb #388e6481
 class MixDL(SeededDL):
     "A loader of whole batches from an `ImageStore`"
-    _types = True # what a batch is made of is known: no trial pass is needed
+    _types,_n_inp = True,1 # what a batch is made of is known: no trial pass is needed
     def __init__(self,
         dataset, # `ImageStore`
         bs:int=256, # Images a batch; fewer images than that make one batch
@@ -287,7 +288,7 @@ class Blend(ItemTransform):
 # %% ../nbs/04_data.ipynb #94598f4d
 class BlendDL(SeededDL):
     "For each sample of the loader `sl`, with its label, a random one of the loader `ssl`, blended"
-    _types = True
+    _types,_n_inp = True,1
     def __init__(self,
         dataset=None, # That of `sl`
         sl=None, # Loader of labelled images
@@ -323,7 +324,8 @@ def show_batch(self:BlendDL, b=None, max_n=9, **kwargs):
     for dl in (self.sl,self.ssl): TfmdDL.before_iter(dl)
     key = self.seed,self.passes
     with seeded(*key, 0, device=self.device):
-        (x,*y),(x_ssl,*_) = self.after_batch.fs[0].sides(to_device(self.load(self.get_idxs()[:max_n], key), self.device))
+        b = to_device(self.load(self.get_idxs()[:max_n], key), self.device)
+        (x,*y),(x_ssl,*_) = self.after_batch.fs[0].sides(b)
     rows = {f'SL × {self.lam:g}': x, f'SSL × {1-self.lam:g}': x_ssl, 'mix': blend(x, x_ssl, self.lam)}
     fig,axs = plt.subplots(3, len(x), figsize=(1.5*len(x), 5), squeeze=False)
     for (name,o),axr in zip(rows.items(), axs):
@@ -408,8 +410,8 @@ def check_stats(stats, c):
 def check_seed(seed):
     "`seed`, or one drawn from torch's generator. Raises `ValueError` if it is not a whole number from 0 up."
     if seed is None: return torch.randint(2**31, ()).item()
-    if not isinstance(seed, Integral) or seed<0: raise ValueError(f"seed must be a whole number from 0 up, got {seed!r}")
-    return int(seed)
+    if isinstance(seed, Integral) and seed>=0: return int(seed)
+    raise ValueError(f"seed must be a whole number from 0 up, got {seed!r}")
 
 # %% ../nbs/04_data.ipynb #b13da509
 def _stores(sl, valid, ssl, vocab):
@@ -449,7 +451,7 @@ def mix_dls(
     shuffle:bool=True, # A new order each epoch
     drop_last:bool=True, # Leave out the last training batch if it is not full
     device=None, # Where batches go; default: fastai's
-    on_device:bool=None, # Keep the images there too? Default: on CUDA, if they take a quarter of its free memory or less
+    on_device:bool=None, # Keep the images there too? Default: if that is CUDA and they take at most a quarter of it
     seed:int=None, # Of orders, partners and augmentations; default: drawn from torch's generator
     path='.', # Where a learner saves
 )->MixDataLoaders:
@@ -464,7 +466,8 @@ def mix_dls(
         for o in stores: o.to(device)
     tfms,ssl_tfms = get_tfms(tfms, ssl_tfms)
     x = first.batch([0, len(first)-1])[0]
-    for n,t in (('tfms',tfms), ('ssl_tfms',ssl_tfms)): check_tfms(t, x, n)
+    with seeded(0, device=device):
+        for n,t in (('tfms',tfms), ('ssl_tfms',ssl_tfms)): check_tfms(t, x, n)
     mean,std = image_stats(first.x) if stats is None else check_stats(stats, first.shape[2])
     seed = check_seed(seed)
     def dl(ds, i, tfms=None, train=True):

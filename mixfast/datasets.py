@@ -43,6 +43,10 @@ def digits(
     return ImageData((x,y), (xv,yv), [str(o) for o in range(10)])
 
 # %% ../nbs/05_datasets.ipynb #118c6550
+def _check_labels(files, labels):
+    for f,o in zip(files, labels):
+        if pd.isna(o): raise ValueError(f"{f} has no label: label it, or leave it out")
+
 def from_files(
     files:list, # Paths of images
     labels, # A label each: strings or numbers
@@ -52,8 +56,7 @@ def from_files(
 )->ImageData:
     "Decoded images with labels. Raises `ValueError` on labels that are missing or beyond the vocab."
     labels,is_valid = np.asarray(labels, object),np.asarray(is_valid, bool)
-    for f,o in zip(files, labels):
-        if pd.isna(o): raise ValueError(f"{f} has no label: label it, or leave it out")
+    _check_labels(files, labels)
     vocab = sorted(set(labels[~is_valid])) if vocab is None else list(vocab)
     number = {o:i for i,o in enumerate(vocab)}
     for f,o in zip(files, labels):
@@ -209,6 +212,7 @@ def image_df(
             raise ValueError(f"df has no column {c!r}, it has {list(df.columns)}")
         return (df[c] if c in df.columns else df.iloc[:,c]).tolist()
     files,labels = [Path(path).expanduser()/f for f in col(fn_col)],col(label_col)
+    _check_labels(files, labels)
     is_valid = col(valid_col) if valid_col is not None else _split([str(o) for o in labels], valid_pct, seed)
     return from_files(files, labels, is_valid, size=size, **kwargs)
 

@@ -371,8 +371,11 @@ x,y = images(12)
     (dict(sl=(x,y/2)), TypeError, 'whole class numbers'),
     (dict(sl=x), ValueError, r'sl must be a pair \(images, labels\)'),
     (dict(sl=([x[0],x[1][:4]],[0,1])), ValueError, 'images of one size'),
-    (dict(sl=(x,y), ssl=images(3, 16)[0]), ValueError, 'one height, width and number of channels'),
-    (dict(sl=(x,y), valid=images(3, 16)), ValueError, 'one height, width and number of channels'),
+    (dict(sl=(x,y), ssl=np.zeros((3,8,8,2), np.uint8)), ValueError, 'images of 2 channels cannot be made images of 1'),
+    (dict(sl=(x,y), valid=images(3, 16)), ValueError, 'valid must have images like those to train on'),
+    (dict(sl=(x,y), seed=-1), ValueError, 'seed must be a whole number from 0 up, got -1'),
+    (dict(sl=(x,y), seed=0.5), ValueError, 'seed must be a whole number from 0 up, got 0.5'),
+    (dict(sl=(x,y), tfms=3), TypeError, 'tfms must be functions of a batch'),
     (dict(sl=(x/255,y)), TypeError, 'must be uint8 images'),
     (dict(sl=(x.transpose(0,3,1,2),y)), ValueError, 'channels last'),
     (dict(sl=(x,y), bs=0), ValueError, 'bs must be a whole number of images'),
@@ -448,7 +451,7 @@ def test_a_sleeping_callback_stays_asleep(make):
 
 def test_more_bad_input(make, tmp_path):
     x,y = images(12)
-    for kw,err,match in ((dict(tfms='cifar'), TypeError, 'tfms must be functions of a batch'),
+    for kw,err,match in ((dict(tfms='imagenet'), ValueError, r"one of \['cifar', 'tinyimagenet'\], got 'imagenet'"),
                          (dict(tfms=lambda o: o.float()), ValueError, 'must give uint8 images of the same size'),
                          (dict(ssl_tfms=lambda o: o.nope()), ValueError, 'ssl_tfms: .* fails on a batch'),
                          (dict(stats=([0.5]*3,[0.2]*3)), ValueError, 'of 1 channels'), (dict(stats=([0.5],[0.])), ValueError, 'stats must be')):

@@ -10,14 +10,16 @@ from reference import RefAE, RefMAE, train
 def spy(learn, monkeypatch):
     "Log the raw batches, by phase, and the masks that a fit trains on"
     steps,masks,phase = [],[],lambda: learn.model.phase
-    def log(ds):
-        batch = ds.batch
-        def f(idxs):
-            x,*y = batch(idxs)
-            if phase() and learn.training and phase_dl(learn.dls, phase()).dataset is ds: steps.append((phase(), x, y[0] if y else None))
-            return (x, *y)
-        ds.batch = f
-    for dl in {id(o.dataset):o for o in (learn.dls.ssl, learn.dls.mix, learn.dls.sl)}.values(): log(dl.dataset)
+    def log(dl):
+        load = dl.load
+        def f(idxs, key):
+            b = load(idxs, key)
+            if phase() and learn.training and phase_dl(learn.dls, phase()) is dl:
+                (x,*y),ssl = b if isinstance(b[0], tuple) else (b,None)
+                steps.append((phase(), x if ssl is None else (x,*ssl), y[0] if y else None))
+            return b
+        dl.load = f
+    for dl in {id(o):o for o in (learn.dls.ssl, learn.dls.mix, learn.dls.sl)}.values(): log(dl)
     random_mask = mixfast.objective.random_mask
     def f(*args):
         m = random_mask(*args)

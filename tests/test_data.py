@@ -1,0 +1,459 @@
+"Images from archives to batches: what a reader of the notebooks need not see"
+import hashlib, json, os, pickle, random, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from PIL import Image
+from fastai.vision.all import (CategoryBlock, ColReader, DataBlock, DataLoaders, Flip, FlipItem, GrandparentSplitter, Learner,
+    Normalize, PILImageBW, RandomResizedCrop, RandomSplitter, Resize, accuracy, get_image_files, load_learner, parent_label, resnet18, vision_learner)
+from torchvision.datasets import CIFAR10, CIFAR100
+
+import mixfast.cache, mixfast.datasets
+from mixfast.all import (BatchCrop, BatchFlip, BatchRandAugment, BatchResizedCrop, BlendDL, ImageStore, MixBatch, MixBlock, MixDL, MixItemDL,
+    cifar10, cifar100, fraction, image_df, image_folder, load_files, mix_dls, noisy_labels, phase_dl, semi_supervised, tinyimagenet)
+from mixfast.cache import cache_key, open_cache
+from mixfast.data import alike, blend, image_stats, seeded
+from conftest import images
+
+SAMPLES = Path(__file__).parents[1]/'nbs'/'samples'
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch): monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'xdg'))
+
+def write(folder, n=12, size=16, ext='png', seed=0):
+    "Images of three classes in class folders"
+    x,y = images(n, size, 3, seed)
+    for i,(im,c) in enumerate(zip(x, y)):
+        (folder/f'c{c}').mkdir(parents=True, exist_ok=True)
+        Image.fromarray(im).save(folder/f'c{c}'/f'{i:03}.{ext}')
+    return folder
+
+# Augmentations
+
+AUGS = [BatchCrop(2), BatchFlip(), BatchResizedCrop(), BatchRandAugment()]
+
+@pytest.mark.parametrize('shape', [(3,16,16), (1,8,20)], ids=str)
+@pytest.mark.parametrize('aug', AUGS, ids=str)
+def test_augmentation(aug, shape):
+    "Any shape, either memory layout, a seed; the batch given is not changed; images of a batch get something each of their own"
+    x = torch.randint(0, 256, (1,*shape), dtype=torch.uint8).expand(32,-1,-1,-1)
+    outs = []
+    for o in (x.contiguous(), x.contiguous(memory_format=torch.channels_last)):
+        torch.manual_seed(0)
+        before = o.clone()
+        outs.append(aug(o))
+        assert torch.equal(o, before) and outs[-1].shape==o.shape and outs[-1].dtype==torch.uint8
+    assert torch.equal(*outs)
+    assert len({o.numpy().tobytes() for o in outs[0]}) > (1 if isinstance(aug, BatchFlip) else 10)
+
+def test_crop_keeps_pixels_and_flip_is_fair():
+    x = torch.arange(1, 65, dtype=torch.uint8).view(1,1,8,8).expand(4000,-1,-1,-1)
+    y = BatchCrop(2)(x)
+    i,j = (y.view(4000,-1).argmax(1)//8, y.view(4000,-1).argmax(1)%8) # 64 is the last pixel: a window that has lost it starts below
+    assert {(y[k]>0).sum().item() for k in range(4000)} <= {a*b for a in (6,7,8) for b in (6,7,8)}
+    share = (BatchFlip(0.3)(x)[:,0,0,0]==8).float().mean()
+    assert abs(share-0.3) < 0.03
+
+def test_resized_crop_falls_back_to_the_middle():
+    "A ratio that no box of the image has: the largest box in the middle, as torchvision"
+    from torchvision.transforms import RandomResizedCrop as R
+    from mixfast.augment import random_boxes
+    for h,w in ((4,400), (400,4), (64,64)):
+        ours = [int(o[0]) for o in random_boxes(1, h, w, (0.9,1), (3/4,4/3))] if h!=w else [0,0,64,64]
+        theirs = R.get_params(torch.zeros(3,h,w), (0.9,1), (3/4,4/3)) if h!=w else (0,0,64,64)
+        assert tuple(ours)==tuple(theirs)
+
+# The store and its loaders
+
+def test_store_shares_memory():
+    x,y = images(20, c=3)
+    ro = x.copy(); ro.flags.writeable = False
+    assert ImageStore(x).x.data_ptr()==x.ctypes.data
+    assert torch.equal(ImageStore(ro).x, torch.tensor(x))
+    dls = mix_dls((x,y), (x,y), bs=4)
+    assert {dl.dataset.x.data_ptr() for dl in (dls.sl, dls.ssl, dls.mix, dls.valid)}=={x.ctypes.data}
+
+def test_stats_of_a_large_store():
+    x = np.random.default_rng(0).integers(0, 256, (3000,16,16,3)).astype(np.uint8)
+    m,s = image_stats(x)
+    assert np.allclose(m, (x/255).mean((0,1,2))) and np.allclose(s, (x/255).std((0,1,2)))
+
+@pytest.mark.parametrize('ssl', [False, True])
+def test_seed_decides_everything(ssl):
+    "Order, partners and augmentations, whatever else draws random numbers; other seeds and passes differ; nobody else notices"
+    x,y = images(40, 16, 3)
+    y = np.arange(40)
+    noise = lambda b: (b+torch.randint(0, 3, b.shape, dtype=torch.uint8)+np.random.randint(3)+random.randrange(3)).to(torch.uint8) # a user's own
+    def epochs(seed, junk=0):
+        dls = mix_dls((x,y), ssl=images(30, 16, 3, seed=9)[0] if ssl else None, tfms=[*AUGS,noise], ssl_tfms=AUGS, bs=8, seed=seed, vocab=range(40))
+        for _ in range(junk): torch.rand(3); random.random(); np.random.rand(); dls.one_batch(); dls.mix.one_batch()
+        return [[torch.cat(o) for o in zip(*dls.mix)] for _ in range(2)]
+    a,b,c = epochs(0),epochs(0, junk=5),epochs(1)
+    for (xa,ya),(xb,yb) in zip(a, b): assert torch.equal(xa, xb) and torch.equal(ya, yb)
+    assert not torch.equal(a[0][1], a[1][1]) and not torch.equal(a[0][1], c[0][1])
+    assert sorted(a[0][1].tolist())==list(range(40))
+    torch.manual_seed(5); r = torch.rand(1)
+    torch.manual_seed(5); epochs(0); assert torch.equal(torch.rand(1), r)
+
+def test_seeded_restores_after_an_error():
+    torch.manual_seed(1); want = torch.rand(1)
+    torch.manual_seed(1)
+    with pytest.raises(KeyError), seeded(3): raise KeyError(torch.rand(5))
+    assert torch.equal(torch.rand(1), want)
+
+def test_alike():
+    x = np.random.default_rng(0).integers(0, 256, (5,8,8,3)).astype(np.uint8)
+    t = torch.tensor(x)
+    assert alike(t, (8,8,3)) is not None and torch.equal(alike(t, (8,8,3)), t)
+    pil = np.stack([Image.fromarray(o).convert('L') for o in x])
+    assert (alike(t, (8,8,1))[...,0].int()-torch.tensor(pil).int()).abs().max() <= 1
+    assert torch.equal(alike(t[...,:1], (8,8,3)), t[...,:1].expand(-1,-1,-1,3))
+    rgba = torch.cat([t, t[...,:1]], 3)
+    assert torch.equal(alike(rgba, (8,8,3)), t)
+    pil = np.stack([Image.fromarray(o).resize((4,6), Image.BILINEAR) for o in x])
+    assert (alike(t, (6,4,3)).int()-torch.tensor(pil).int()).abs().max() <= 1
+    with pytest.raises(ValueError, match='cannot be made images of 4'): alike(t, (8,8,4))
+
+@pytest.mark.parametrize('a,b', [(1,3), (3,1)])
+def test_grey_and_rgb_meet(a, b, make):
+    "SSL images of another size and mode take those of the labelled ones, and train"
+    learn = make(dls=mix_dls(images(12, 8, a), images(6, 8, a), ssl=images(20, 14, b)[0], bs=4))
+    assert learn.dls.mix.one_batch()[0].shape==learn.dls.ssl.one_batch()[0].shape==(4,a,8,8)
+    learn.fit_mixtraining(2, 2, rho=0.5)
+    assert learn.mix.history.phase.tolist()==['ssl','mix','sl']
+
+def test_blend_ends():
+    a,b = torch.rand(2,3,8,8),torch.rand(2,3,4,4)
+    assert torch.equal(blend(a, b, 1), a) and torch.equal(blend(b, b+1, 0), b+1) and blend(a, b, 0.5).shape==a.shape
+
+def test_plain_learner():
+    "A Learner that knows nothing of mixfast"
+    x,y = images(24, 32, 3)
+    dls = mix_dls((x,y), (x,y), bs=8, tfms='cifar', seed=0)
+    learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1)
+    assert learn.recorder.values[0][0] > 0 and learn.get_preds()[0].shape==(24,3)
+    assert dls.new(dls.valid.dataset).one_batch()[0].shape==(8,3,32,32) and dls.vocab==['0','1','2']
+    (x0,y0),*_ = dls.valid.decode_batch(dls.valid.one_batch(), max_n=1)
+    assert abs(x0*255-torch.tensor(x[0]).permute(2,0,1)).max() < 0.01 and y0=='0'
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_store_on_the_device():
+    x,y = images(40, 16, 3)
+    on,off = [mix_dls((x,y), (x,y), ssl=x, bs=8, tfms='cifar', seed=0, device='cuda', on_device=o) for o in (None,False)]
+    assert on.sl.dataset.x.is_cuda and on.ssl.dataset.x.is_cuda and not off.sl.dataset.x.is_cuda
+    for a,b in zip(on.mix, off.mix): assert a[0].is_cuda and torch.allclose(a[0], b[0], atol=1e-5) and torch.equal(a[1], b[1])
+    cpu = mix_dls((x,y), ssl=x, bs=8, tfms='cifar', seed=0, device='cpu')
+    assert torch.allclose(next(iter(cpu.mix))[0], off.new_empty() and next(iter(mix_dls((x,y), ssl=x, bs=8, tfms='cifar', seed=0, device='cuda').mix))[0].cpu(), atol=1e-5)
+
+# Files: MixBlock
+
+def item_dls(path, ssl=None, n=0, seed=0, bs=4, block={}, **kw):
+    block = DataBlock(blocks=(MixBlock(ssl=ssl, seed=seed, **block), CategoryBlock), get_items=get_image_files, get_y=parent_label,
+        splitter=RandomSplitter(0.25, seed=0), **{'item_tfms':RandomResizedCrop(16, min_scale=0.5), 'batch_tfms':[Flip(), Normalize.from_stats([.5]*3,[.25]*3, cuda=False)], **kw})
+    return block.dataloaders(path, bs=bs, num_workers=n)
+
+def test_mixblock_phases(tmp_path):
+    sl,ssl = write(tmp_path/'a', 16),write(tmp_path/'b', 20, size=24, seed=1)
+    dls = item_dls(sl, ssl, block=dict(lam=0.25))
+    assert isinstance(dls, DataLoaders) and [phase_dl(dls, p).n for p in ('ssl','mix','sl')]==[20,12,12] and dls.sl is dls.train
+    assert [[*o.shape] for o in dls.mix.one_batch()]==[[4,3,16,16],[4]] and len(dls.ssl.one_batch())==1 and dls.vocab==['c0','c1','c2']
+    idxs = dls.mix.get_idxs()[:4]
+    for dl in (dls.sl, dls.ssl): dl.before_iter()
+    with seeded(1): b = dls.mix.load(idxs, (7,)); m,y = dls.mix.after_batch(b)
+    with seeded(1): b = dls.mix.load(idxs, (7,)); xs,y1 = dls.sl.after_batch(b[0]); xu, = dls.ssl.after_batch(b[1])
+    assert torch.allclose(m, 0.25*xs+0.75*xu, atol=1e-5) and torch.equal(y, y1)
+    assert b[1][0].float().mean() > 1 and -2.1 < xu.mean() < 2.1 and xu.min() < 0 # normalised as the labelled ones
+    same = item_dls(sl)
+    assert same.mix is same.sl and same.ssl.n==12 and len(same.ssl.one_batch())==1
+    assert same.show_batch() is None and dls.show_batch() is None
+
+def test_mixblock_own_transforms(tmp_path):
+    "Random transforms belong to a side; the SSL side has none of the labelled one's"
+    calls = []
+    class Spy(Flip):
+        def __init__(self, who): super().__init__(p=1.); self.who = who
+        def before_call(self, b, split_idx): calls.append((self.who, split_idx)); super().before_call(b, split_idx)
+    sl,ssl = write(tmp_path/'a', 16),write(tmp_path/'b', 16, seed=1)
+    dls = item_dls(sl, ssl, item_tfms=Resize(16), batch_tfms=[Spy('sl'), Normalize.from_stats([.5]*3,[.25]*3, cuda=False)],
+                   block=dict(ssl_batch_tfms=Spy('ssl'), ssl_item_tfms=FlipItem(1.)))
+    for dl,want in ((dls.sl, {'sl'}), (dls.ssl, {'ssl'}), (dls.mix, {'sl','ssl'}), (dls.valid, set())):
+        calls.clear(); list(dl)
+        assert {n for n,split in calls if split==0}==want
+    plain = item_dls(sl, ssl, item_tfms=Resize(16), batch_tfms=[], block=dict(ssl_item_tfms=FlipItem(1.)))
+    x = np.asarray(Image.open(get_image_files(ssl).sorted()[0])).transpose(2,0,1)[:,:,::-1]/255
+    assert any(np.allclose(x, o, atol=1e-6) for b, in plain.ssl for o in b)
+
+@pytest.mark.parametrize('phase', ['ssl','mix','sl'])
+def test_same_batches_with_any_number_of_workers(tmp_path, phase):
+    sl,ssl = write(tmp_path/'a', 30),write(tmp_path/'b', 20, seed=1)
+    runs = [[tuple(o.clone() for o in b) for dls in [item_dls(sl, ssl, n=n, block=dict(ssl_item_tfms=RandomResizedCrop(16)))] for _ in range(2) for b in phase_dl(dls, phase)] for n in (0,1,3)]
+    for other in runs[1:]:
+        assert len(other)==len(runs[0])
+        for a,b in zip(runs[0], other): assert all(torch.equal(p, q) for p,q in zip(a, b))
+    k = len(runs[0])//2
+    assert not torch.equal(runs[0][0][0], runs[0][k][0]) # the next pass is another
+
+def test_mixblock_frame_grey_and_fit(tmp_path, make):
+    "SSL items from a frame; grey images; all phases; export and load"
+    sl,ssl = write(tmp_path/'a', 24, size=8),write(tmp_path/'b', 20, size=12, seed=1)
+    df = pd.DataFrame(dict(file=[str(f.relative_to(ssl)) for f in get_image_files(ssl)], other=0))
+    dls = item_dls(sl, df, item_tfms=Resize(8), batch_tfms=[], block=dict(cls=PILImageBW, get_ssl=ColReader('file', pref=ssl)))
+    learn = make(dls=dls)
+    learn.fit_mixtraining(2, 2, rho=0.5)
+    assert learn.mix.history.phase.tolist()==['ssl','mix','sl'] and learn.mix.history.accuracy.iloc[-1] >= 0
+    learn.export('e.pkl')
+    again = load_learner(learn.path/'e.pkl')
+    assert again.predict(get_image_files(sl)[0])[0] in dls.vocab and again.dls.train.opts['ssl'] is None
+
+def test_mixblock_few_images(tmp_path, make):
+    learn = make(dls=item_dls(write(tmp_path/'a', 9, size=8), write(tmp_path/'b', 5, size=8), bs=64, item_tfms=Resize(8), batch_tfms=[]))
+    learn.fit_mixtraining(2, 2, rho=0.5)
+    assert np.isfinite(learn.mix.history.train_loss).all()
+
+def test_mixblock_bad_input(tmp_path):
+    (tmp_path/'empty').mkdir()
+    for kw,match in ((dict(ssl=tmp_path/'empty'), 'there are none in'), (dict(ssl=[]), 'ssl has no images'), (dict(lam=2), r'lam must lie in \[0,1\]'), (dict(seed=-1), 'seed must be')):
+        with pytest.raises(ValueError, match=match): MixBlock(**kw)
+
+# Decoded files
+
+def test_cache_follows_the_files(tmp_path):
+    "Another size, mode, list, or a changed file is decoded anew; the same is not"
+    files = sorted(get_image_files(write(tmp_path/'a')))
+    c = tmp_path/'c'
+    n = lambda: len(list(c.glob('*/meta.json')))
+    x,i = load_files(files, 16, cache=c)
+    assert np.array_equal(x, np.stack([np.asarray(Image.open(f)) for f in files])) and i.tolist()==list(range(12))
+    load_files(files, 16, cache=c); assert n()==1
+    load_files(files, 8, cache=c); load_files(files, 16, 'L', cache=c); load_files(files[1:], 16, cache=c); assert n()==4
+    Image.fromarray(x[0]//2).save(files[0])
+    os.utime(files[0], ns=(1, 1))
+    assert np.array_equal(load_files(files, 16, cache=c)[0][0], x[0]//2) and n()==5
+    x[:] = 0 # a user may write to what he is given; the cache does not change
+    assert load_files(files[1:], 16, cache=c)[0].any()
+
+@pytest.mark.parametrize('harm', ['truncate', 'flip', 'longer', 'meta', 'no meta', 'no images'])
+def test_damaged_cache_is_rebuilt(tmp_path, harm):
+    files = sorted(get_image_files(write(tmp_path/'a')))
+    want = load_files(files, 16, cache=tmp_path/'c')[0].copy()
+    d = next(p for p in (tmp_path/'c').iterdir() if p.is_dir())
+    b,m = d/'images.bin',d/'meta.json'
+    {'truncate': lambda: b.write_bytes(b.read_bytes()[:-5]), 'flip': lambda: b.write_bytes(b'\1'*5+b.read_bytes()[5:]), 'longer': lambda: b.write_bytes(b.read_bytes()+b'x'),
+     'meta': lambda: m.write_text(m.read_text()[:9]), 'no meta': m.unlink, 'no images': b.unlink}[harm]()
+    assert np.array_equal(load_files(files, 16, cache=tmp_path/'c')[0], want)
+    assert np.array_equal(open_cache(d)[0], want)
+
+LOAD = '''
+import sys, time, mixfast.cache as c
+slow = c.decode_image
+def decode(*args): time.sleep(float(sys.argv[3])); return slow(*args)
+c.decode_image = decode
+from pathlib import Path
+x,i = c.load_files(sorted(Path(sys.argv[1]).rglob('*.png')), 16, cache=sys.argv[2], bar=False)
+print(x.shape, int(x.sum()))
+'''
+def start(folder, cache, delay): return subprocess.Popen([sys.executable, '-c', LOAD, str(folder), str(cache), str(delay)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+def test_two_processes_build_one_cache(tmp_path):
+    write(tmp_path/'a', 300)
+    ps = [start(tmp_path/'a', tmp_path/'c', 0.002) for _ in range(3)]
+    outs = [p.communicate(timeout=120) for p in ps]
+    assert all(p.returncode==0 for p in ps), outs
+    assert len({o for o,_ in outs})==1 and len(list((tmp_path/'c').glob('*/meta.json')))==1
+
+@pytest.mark.parametrize('sig', [signal.SIGKILL, signal.SIGINT])
+def test_interrupted_build(tmp_path, sig):
+    "A build that is killed leaves nothing that a later start would trust, and does not block it"
+    write(tmp_path/'a', 600)
+    p = start(tmp_path/'a', tmp_path/'c', 0.01)
+    for _ in range(600):
+        if list((tmp_path/'c').glob('*.tmp')): break
+        time.sleep(0.05)
+    time.sleep(0.3)
+    p.send_signal(sig); p.communicate(timeout=60)
+    assert p.returncode!=0 and not list((tmp_path/'c').glob('*/meta.json'))
+    x,_ = load_files(sorted((tmp_path/'a').rglob('*.png')), 16, cache=tmp_path/'c', bar=False)
+    assert x.shape==(600,16,16,3) and not list((tmp_path/'c').glob('*.tmp'))
+
+def test_unreadable_files(tmp_path):
+    "All of them in one error, at the end, from all processes; or left out with a warning; trying again decodes nothing"
+    files = sorted(get_image_files(write(tmp_path/'a', 600)))
+    files[3].write_bytes(files[3].read_bytes()[:60]); files[599].write_text('no image'); files.append(tmp_path/'gone.png')
+    Image.fromarray(np.full((16,16), 40000, np.uint16)).save(files[300])
+    for _ in range(2):
+        with pytest.raises(ValueError) as e: load_files(files, 16, bar=False)
+        msg = str(e.value)
+        assert msg.startswith('4 of 601 images cannot be read') and all(str(files[i]) in msg for i in (3,300,599,600)) and 'skip_bad=True' in msg and 'more than 8 bits' in msg
+    with pytest.warns(UserWarning, match='4 of 601'), pytest.MonkeyPatch.context() as m:
+        m.setattr(mixfast.cache, 'build_cache', None)
+        x,i = load_files(files, 16, skip_bad=True, bar=False)
+    assert len(x)==597 and set(range(601))-set(i)=={3,300,599,600}
+    with pytest.raises(ValueError, match='1 of 1 images cannot be read'): load_files(files[3:4], skip_bad=True)
+    many = [tmp_path/f'{k}.png' for k in range(60)]
+    with pytest.raises(ValueError, match='and 10 more'): load_files(many+files[:1])
+
+def test_modes_and_sizes(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (40,60,3)).astype(np.uint8)
+    for n,im in dict(a=Image.fromarray(x), b=Image.fromarray(x).convert('L'), c=Image.fromarray(x).convert('P'), d=Image.fromarray(x).convert('RGBA'), e=Image.fromarray(x).convert('1')).items(): im.save(tmp_path/f'{n}.png')
+    Image.fromarray(x).convert('CMYK').save(tmp_path/'f.jpg'); Image.fromarray(x).resize((900,600)).save(tmp_path/'g.jpg')
+    fs = sorted(get_image_files(tmp_path))
+    a,b = load_files(fs, (20,30))[0],load_files(fs, 20, 'L')[0]
+    assert a.shape==(7,20,30,3) and b.shape==(7,20,20,1) and np.array_equal(a[0], np.asarray(Image.fromarray(x).resize((30,20), Image.BICUBIC)))
+    for kw,match in ((dict(size=0), 'size must be'), (dict(size=(1,2,3)), 'size must be'), (dict(mode='HSV'), 'mode must be')):
+        with pytest.raises(ValueError, match=match): load_files(fs, **kw)
+
+# Data sets
+
+class Bomb:
+    def __reduce__(self): return os.mkdir, (str(Path(os.environ['XDG_CACHE_HOME']).parent/'ran'),)
+
+@pytest.fixture
+def cifar100_batches(tmp_path, monkeypatch):
+    "A small CIFAR-100 of pickled batches, whose checksums torchvision is told"
+    base = tmp_path/'cifar-100-python'; base.mkdir()
+    rng = np.random.default_rng(0)
+    def dump(fn, o): (base/fn).write_bytes(pickle.dumps(o)); return [fn, hashlib.md5((base/fn).read_bytes()).hexdigest()]
+    batch = lambda n: dict(data=rng.integers(0, 256, (n,3072)).astype(np.uint8), fine_labels=[i%100 for i in range(n)], coarse_labels=[i%100//5 for i in range(n)], filenames=[])
+    monkeypatch.setattr(CIFAR100, 'train_list', [dump('train', batch(200))]); monkeypatch.setattr(CIFAR100, 'test_list', [dump('test', batch(100))])
+    meta = dump('meta', dict(fine_label_names=[f'f{i}' for i in range(100)], coarse_label_names=[f'c{i}' for i in range(20)]))
+    monkeypatch.setattr(CIFAR100, 'meta', {**CIFAR100.meta, 'filename':meta[0], 'md5':meta[1]})
+    return base
+
+def test_cifar100(cifar100_batches):
+    base = cifar100_batches
+    raw = pickle.loads((base/'train').read_bytes())
+    for path in (base, base.parent):
+        d = cifar100(path)
+        assert d.train[0].shape==(200,32,32,3) and d.valid[0].shape==(100,32,32,3) and d.vocab[7]=='f7' and d.train[1].tolist()==raw['fine_labels']
+    assert np.array_equal(d.train[0][3], raw['data'][3].reshape(3,32,32).transpose(1,2,0))
+    c = cifar100(base, 'coarse')
+    assert c.train[1].tolist()==raw['coarse_labels'] and len(c.vocab)==20 and c.valid[1].max()==19
+    with pytest.raises(ValueError, match="labels must be 'fine' or 'coarse', got 'both'"): cifar100(base, 'both')
+
+def test_a_pickle_that_is_not_the_archive_is_not_read(cifar100_batches):
+    f = cifar100_batches/'test'
+    f.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match=r'test is damaged, its MD5 is not \w+: download'): cifar100(cifar100_batches)
+    assert not (cifar100_batches.parent/'ran').exists()
+    pickle.loads(f.read_bytes()); assert (cifar100_batches.parent/'ran').exists() # it would have run
+    f.unlink()
+    with pytest.raises(FileNotFoundError, match='test is missing: unpack'): cifar100(cifar100_batches)
+
+def test_cifar100_folders(tmp_path):
+    x = np.zeros((32,32,3), np.uint8)
+    for s in ('train','test'):
+        for i in range(100):
+            d = tmp_path/'cifar100'/s/f'c{i//5:02}'/f'f{i:02}'; d.mkdir(parents=True)
+            Image.fromarray(x+i).save(d/'0.png')
+    fine,coarse = cifar100(tmp_path),cifar100(tmp_path/'cifar100', 'coarse')
+    assert len(fine.vocab)==100 and len(coarse.vocab)==20 and fine.train[0][:,0,0,0].tolist()==fine.train[1].tolist() and coarse.train[1].tolist()==[i//5 for i in range(100)]
+    shutil.rmtree(tmp_path/'cifar100'/'test'/'c03')
+    with pytest.raises(ValueError, match=r"test has no images of \['f15'"): cifar100(tmp_path)
+    with pytest.raises(ValueError, match='has 10 classes, not 100'): cifar100(SAMPLES/'cifar10')
+
+def test_downloads(monkeypatch):
+    "Without a path it is fastai that knows where the archive is"
+    seen = []
+    monkeypatch.setattr(mixfast.datasets, 'untar_data', lambda url: seen.append(url) or SAMPLES/('cifar10' if 'cifar' in url else 'tiny-imagenet-200'))
+    assert len(cifar10().train[0])==30 and len(tinyimagenet().train[0])==24
+    assert seen[0].endswith('cifar10.tgz') and seen[1].endswith('tiny-imagenet-200.zip')
+
+def test_tinyimagenet(tmp_path):
+    root = tmp_path/'tiny-imagenet-200'
+    shutil.copytree(SAMPLES/'tiny-imagenet-200', root)
+    d = tinyimagenet(tmp_path)
+    assert d.vocab[:2]==['goldfish','goose'] and d.train[1].tolist()==[i//4 for i in range(24)] and np.bincount(d.valid[1]).tolist()==[2]*6
+    grey = [i for i,o in enumerate(d.train[0]) if (o[...,0]==o[...,1]).all() and (o[...,1]==o[...,2]).all()]
+    assert grey==[4] or len(grey)==1 # one JPEG is grey
+    assert tinyimagenet(root, size=32).valid[0].shape==(12,32,32,3)
+    ann = root/'val'/'val_annotations.txt'
+    rows = [l.split('\t') for l in ann.read_text().splitlines()]
+    for fn,w,*_ in rows: # as people sort it
+        (root/'val'/w/'images').mkdir(parents=True, exist_ok=True); shutil.copy(root/'val'/'images'/fn, root/'val'/w/'images'/fn)
+    old = ann.read_text(); shutil.move(root/'val'/'images', tmp_path/'images'); ann.unlink()
+    assert np.bincount(tinyimagenet(root).valid[1]).tolist()==[2]*6
+    shutil.move(tmp_path/'images', root/'val'/'images')
+    ann.write_text(old.replace(rows[2][1], 'n00000000', 1))
+    with pytest.raises(ValueError, match=r'val_annotations.txt, line \d+: expected an image and a class'): tinyimagenet(root)
+    ann.write_text(old); (root/'val'/'images'/rows[1][0]).unlink()
+    with pytest.raises(ValueError, match=rf'{rows[1][0]}: FileNotFoundError'): tinyimagenet(root)
+    shutil.rmtree(root/'train'/'n01882714')
+    with pytest.raises(ValueError, match=r"train has no images of \['n01882714'\]"): tinyimagenet(root)
+    with pytest.raises(FileNotFoundError, match='expected wnids.txt'): tinyimagenet(tmp_path/'train')
+    (root/'words.txt').unlink(); shutil.copytree(SAMPLES/'tiny-imagenet-200'/'train'/'n01882714', root/'train'/'n01882714'); shutil.copytree(SAMPLES/'tiny-imagenet-200'/'val'/'images', root/'val'/'images', dirs_exist_ok=True)
+    assert tinyimagenet(root).vocab[0]=='n01443537' # without words.txt
+
+def test_image_folder_and_frame(tmp_path):
+    root = write(tmp_path/'d'/'train', 12)
+    write(tmp_path/'d'/'val', 6, seed=1)
+    d = image_folder(tmp_path/'d', 16)
+    assert len(d.train[0])==12 and len(d.valid[0])==6 and d.vocab==['c0','c1','c2'] and d.train[1].dtype==np.int64
+    (tmp_path/'d'/'val'/'c9').mkdir(); Image.new('RGB', (16,16)).save(tmp_path/'d'/'val'/'c9'/'a.png')
+    with pytest.raises(ValueError, match="has the label 'c9', which is none of 3 training classes"): image_folder(tmp_path/'d', 16)
+    bad = root/'c0'/'000.png'; bad.write_bytes(bad.read_bytes()[:40])
+    with pytest.raises(ValueError, match='000.png'): image_folder(root, 16)
+    with pytest.warns(UserWarning, match='000.png'): d = image_folder(root, 16, skip_bad=True)
+    assert len(d.train[0])+len(d.valid[0])==11 and len(d.train[1])==len(d.train[0])
+    fs = [f for f in sorted(get_image_files(root)) if f!=bad]
+    df = pd.DataFrame(dict(f=fs, kind=[int(f.parent.name[1])*10 for f in fs], v=[i%4==0 for i in range(len(fs))]))
+    d = image_df(df, fn_col='f', label_col='kind', valid_col='v', size=16)
+    assert d.vocab==['0','10','20'] and len(d.valid[0])==df.v.sum() and d.valid[1].tolist()==(df.kind[df.v]//10).tolist()
+    with pytest.raises(ValueError, match='has no label'): image_df(df.assign(kind=df.kind.where(df.index!=2)), label_col='kind', size=16)
+    with pytest.raises(ValueError, match='0 of 11 images are for validation'): image_df(df.assign(v=False), valid_col='v', size=16)
+
+def test_fractions():
+    y = np.repeat(np.arange(10), 500)
+    for p in (10,25,50,75,100):
+        i,s = fraction(y, p, seed=3),fraction(y, p, seed=3, stratify=True)
+        assert len(set(i))==len(i)==len(s)==50*p and np.array_equal(i, fraction(y, p, seed=3)) and np.bincount(y[s]).tolist()==[5*p]*10
+    assert not np.array_equal(fraction(y, 10, 3), fraction(y, 10, 4)) and len(set(np.bincount(y[fraction(y, 10, 3)])))>1
+    hits = np.mean([np.isin(np.arange(100), fraction(np.zeros(100), 10, s)) for s in range(2000)], 0)
+    assert abs(hits-0.1).max() < 0.03 # each image as often as any other
+    (xl,yl),rest = semi_supervised((np.arange(5000), y), 25, seed=3)
+    assert np.array_equal(np.sort(np.concatenate([xl,rest])), np.arange(5000)) and np.array_equal(xl, fraction(y, 25, 3)) and np.array_equal(yl, y[xl])
+    with pytest.raises(ValueError, match='leaves no images without labels'): semi_supervised((y,y), 100)
+    with pytest.raises(ValueError, match='2 % of 9 images are none'): fraction(y[:9], 2)
+
+def test_label_noise_is_uniform_over_the_others():
+    y = np.repeat(np.arange(4), 20000)
+    z = noisy_labels(y, 0.2, seed=1)
+    for c in range(4):
+        share = np.bincount(z[y==c], minlength=4)/20000
+        assert abs(share[c]-0.8) < 0.01 and abs(np.delete(share, c)-0.2/3).max() < 0.01
+    assert np.array_equal(z, noisy_labels(y, 0.2, seed=1)) and noisy_labels(y[:5], 1, c=9).max() <= 8
+    with pytest.raises(ValueError, match='c must be 2 or more'): noisy_labels([0,0], 0.2)
+
+# The real archives, where they are
+
+@pytest.fixture(scope='session')
+def real(tmp_path_factory):
+    "A folder with cifar-10-batches-py and tiny-imagenet-200: $MIXFAST_DATA, or unpacked from beside the repository"
+    if d := os.environ.get('MIXFAST_DATA'): return Path(d)
+    unpack = Path(__file__).resolve().parents[2]/'shared'/'data'/'unpack.py'
+    if not unpack.exists(): pytest.skip('no real archives: set MIXFAST_DATA to a folder with cifar-10-batches-py and tiny-imagenet-200')
+    d = tmp_path_factory.mktemp('real')
+    for layout in ('batches','folders'): subprocess.run([sys.executable, unpack, d, '--layout', layout], check=True)
+    return d
+
+def test_real_cifar10(real, tmp_path):
+    "Both layouts hold the same images; the published mean and deviation; a batch that is damaged is named"
+    a = cifar10(real)
+    assert a.train[0].shape==(50000,32,32,3) and a.valid[0].shape==(10000,32,32,3) and np.bincount(a.train[1]).tolist()==[5000]*10
+    m,s = image_stats(a.train[0])
+    assert np.allclose(m, [0.4914,0.4822,0.4465], atol=1e-4) and np.allclose(s, [0.2470,0.2435,0.2616], atol=1e-4)
+    if (real/'cifar10').is_dir():
+        b = cifar10(real/'cifar10', cache=tmp_path/'c')
+        key = lambda x,y: sorted(hashlib.md5(o.tobytes()+bytes([c])).digest() for o,c in zip(x, y))
+        assert a.vocab==b.vocab and key(*a.train)==key(*b.train) and key(*a.valid)==key(*b.valid)
+    shutil.copytree(real/'cifar-10-batches-py', tmp_path/'cifar-10-batches-py')
+    f = tmp_path/'cifar-10-batches-py'/'data_batch_3'
+    f.write_bytes(f.read_bytes()[:10**6])
+    with pytest.raises(ValueError, match='data_batch_3 is damaged'): cifar10(tmp_path)
+
+def test_real_cross_dataset(real, tmp_path, make):
+    "SSL on TinyImageNet, SL on 10 % of CIFAR-10"
+    tiny,c = tinyimagenet(real, cache=tmp_path/'c'),cifar10(real)
+    assert len(tiny.vocab)==200 and len(tiny.valid[0])==10000 and len(set(tiny.vocab))==200
+    i = fraction(c.train[1], 10)
+    dls = mix_dls((c.train[0][i],c.train[1][i]), c.valid, ssl=tiny.train[0], vocab=c.vocab, tfms='cifar', seed=0)
+    assert dls.ssl.dataset.shape==(32,32,3) and len(dls.mix)==5000//256 and dls.mix.one_batch()[0].shape==(256,3,32,32)

@@ -135,7 +135,7 @@ def image_stats(
 )->tuple: # Mean and standard deviation of each channel, for values in [0,1]
     "Mean and standard deviation by channel, without ever holding a float copy of the images"
     x,s = torch.as_tensor(x),0
-    for o in x.split(max(2**21//x[0].numel(), 1)):
+    for o in x.split(max(2**18//x[0].numel(), 1)):
         o = o.flatten(0,2).double()
         s = s + torch.stack([o.sum(0), (o*o).sum(0)])
     mean,sq = (s/x[...,0].numel()).cpu().numpy()
@@ -167,6 +167,8 @@ class MixBatch(ItemTransform):
         return (im(((x*self.std+self.mean)/255).clamp(0,1)), *map(TensorCategory, y))
 
 # %% ../nbs/04_data.ipynb #2ebeb67e
+_spare = [] # NumPy's generators that no `seeded` uses now: to make one takes longer than all else here
+
 @contextmanager
 def seeded(
     *key:int, # Whole numbers from 0 up: they decide all that is random inside
@@ -175,13 +177,16 @@ def seeded(
     "Python, NumPy and torch draw from generators seeded by `key`; afterwards they are as before"
     s = int(np.random.SeedSequence(key).generate_state(1)[0])
     cuda = [device] if device is not None and torch.device(device).type=='cuda' else []
-    py,npy = random.getstate(),np.random.get_state()
+    py,npy,own = random.getstate(),np.random.get_bit_generator(),_spare.pop() if _spare else np.random.MT19937()
+    np.random.set_bit_generator(own)
     with torch.random.fork_rng(cuda):
         random.seed(s); np.random.seed(s); torch.default_generator.manual_seed(s)
         if cuda:
             with torch.cuda.device(device): torch.cuda.manual_seed(s)
         try: yield
-        finally: random.setstate(py); np.random.set_state(npy)
+        finally:
+            random.setstate(py); np.random.set_bit_generator(npy)
+            _spare.append(own)
 
 # %% ../nbs/04_data.ipynb #cee6da48
 class SeededDL(TfmdDL):
@@ -243,7 +248,12 @@ def load(self:SeededDL,
     "The samples `idxs` as one batch"
     items = []
     for i in map(int, idxs):
-        with seeded(*key, i): items.append(self.do_item(i))
+        try:
+            with seeded(*key, i): items.append(self.do_item(i))
+        except OSError as e:
+            items = self.dataset.items
+            o = items.iloc[i].tolist() if hasattr(items, 'iloc') else items[i]
+            raise OSError(f"cannot read {o}: {e}. fastai's verify_images lists files like it") from e
     return self.do_batch([o for o in items if o is not None])
 
 # %% ../nbs/04_data.ipynb #388e6481
@@ -274,7 +284,7 @@ def blend(
 )->torch.Tensor: # float [B,C,H,W]
     "Eq. 2: lam*x_sl + (1-lam)*x_ssl"
     if x_ssl.shape[2:]!=x_sl.shape[2:]: x_ssl = F.interpolate(x_ssl, x_sl.shape[2:], mode='bilinear', antialias=True)
-    return torch.lerp(x_ssl, x_sl, lam)
+    return lam*x_sl + (1-lam)*x_ssl
 
 class Blend(ItemTransform):
     "Prepare both sides of a batch by the pipelines `sl` and `ssl`, and blend them"

@@ -210,6 +210,13 @@ def test_mixblock_few_images(tmp_path, make):
     learn.fit_mixtraining(2, 2, rho=0.5)
     assert np.isfinite(learn.mix.history.train_loss).all()
 
+@pytest.mark.parametrize('n', [0, 1])
+def test_mixblock_names_a_file_that_it_cannot_read(tmp_path, n):
+    f = sorted(get_image_files(write(tmp_path/'a', 12)))[0]
+    dls = item_dls(tmp_path/'a', n=n)
+    f.write_bytes(f.read_bytes()[:60])
+    with pytest.raises(OSError, match=f'cannot read .*{f.name}: '): list(dls.train); list(dls.valid.new(shuffle=False))
+
 def test_mixblock_bad_input(tmp_path):
     (tmp_path/'empty').mkdir()
     for kw,match in ((dict(ssl=tmp_path/'empty'), 'there are none in'), (dict(ssl=[]), 'ssl has no images'), (dict(lam=2), r'lam must lie in \[0,1\]'), (dict(seed=-1), 'seed must be')):

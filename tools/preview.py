@@ -9,7 +9,7 @@ from nbdev.config import get_config, nbpath2html
 from nbdev.serve import proc_nbs
 from readme import nb_md, root
 
-def image(png): return f'![](data:image/png;base64,{"".join(png.split())})\n'
+def image(data, mime): return f'![](data:{mime};base64,{"".join(data.split())})\n'
 
 def sidebar(pages, here):
     "Links from page `here` to all pages, a heading a folder"

@@ -18,7 +18,8 @@ def output_md(o, image):
     d = {k: text(v) for k,v in o.get('data', {}).items()}
     if 'text/markdown' in d: return d['text/markdown']
     if 'text/html' in d: return html(d['text/html'])
-    if 'image/png' in d: return image(d['image/png'])
+    for mime in ('image/png', 'image/jpeg'):
+        if mime in d: return image(d[mime], mime)
     return fence(d.get('text/plain', '') or text(o.get('text')))
 
 def cell_md(cell, image):
@@ -32,7 +33,7 @@ def cell_md(cell, image):
     if opts.get('output') != 'false': res += [output_md(o, image) for o in cell['outputs']]
     return '\n\n'.join(filter(None, res))
 
-def no_image(png): sys.exit('nbs/index.ipynb stores a picture: save it in nbs/images and link to it, for README.md')
+def no_image(*_): sys.exit('nbs/index.ipynb stores a picture: save it in nbs/images and link to it, for README.md')
 
 def nb_md(path, image=no_image):
     "Notebook `path` as Markdown; `image` says how a stored picture is shown"

@@ -31,7 +31,7 @@ class BatchCrop:
 
     def __call__(self, x):
         (b,_,h,w),p = x.shape,self.pad
-        i,j = torch.randint(2*p+1, (2,b)).to(x.device)
+        i,j = torch.randint(2*p+1, (2,b)).to(x.device, non_blocking=True)
         windows = F.pad(x, (p,p,p,p)).unfold(2, h, 1).unfold(3, w, 1)
         return windows[torch.arange(b, device=x.device), :, i, j]
 
@@ -45,7 +45,7 @@ class BatchFlip:
     __repr__ = basic_repr('p')
 
     def __call__(self, x):
-        coin = (torch.rand(len(x)) < self.p).to(x.device)
+        coin = (torch.rand(len(x)) < self.p).to(x.device, non_blocking=True)
         return torch.where(coin[:,None,None,None], x.flip(-1), x)
 
 # %% ../nbs/03a_augment.ipynb #e969a56d
@@ -76,12 +76,12 @@ def cubic_weights(
     n_out:int, # Rows wanted
 )->torch.Tensor: # float [B,n_out,n_in]; each row sums to 1
     "Matrices that resize boxes of rows, bicubic (Keys, a = -0.5) and antialiased"
-    step = (size/n_out)[:,None,None]
-    centre = start[:,None,None] + (torch.arange(n_out)[:,None]+0.5)*step
-    j = torch.arange(n_in)
-    d = ((j+0.5-centre)/step.clamp(min=1)).abs()
+    start,size = start[:,None,None],size[:,None,None]
+    i,j = [torch.arange(o, device=size.device) for o in (n_out,n_in)]
+    step = size/n_out
+    d = ((j+0.5 - start-(i[:,None]+0.5)*step)/step.clamp(min=1)).abs()
     k = torch.where(d<1, (1.5*d-2.5)*d*d+1, torch.where(d<2, ((2.5-0.5*d)*d-4)*d+2, 0))
-    k = k*((j>=start[:,None,None]) & (j<(start+size)[:,None,None])) # nothing from outside of the box
+    k = k*((j>=start) & (j<start+size)) # nothing from outside of the box
     return k/k.sum(-1, keepdim=True)
 
 def resize_boxes(
@@ -90,9 +90,9 @@ def resize_boxes(
 )->torch.Tensor: # uint8 [B,C,H,W]
     "Resize a box of each image to the size of the image, as Pillow does: first the columns, then the rows"
     h,w = x.shape[-2:]
-    rows,cols = cubic_weights(top, height, h, h),cubic_weights(left, width, w, w)
-    wide = (x.float() @ cols.mT[:,None].to(x.device)).clamp_(0, 255)
-    return (rows[:,None].to(x.device) @ wide).round_().clamp_(0, 255).to(x.dtype)
+    top,left,height,width = torch.stack([top,left,height,width]).to(x.device, non_blocking=True)
+    wide = (x.float() @ cubic_weights(left, width, w, w).mT[:,None]).clamp_(0, 255)
+    return (cubic_weights(top, height, h, h)[:,None] @ wide).round_().clamp_(0, 255).to(x.dtype)
 
 # %% ../nbs/03a_augment.ipynb #a798f679
 class BatchResizedCrop:
@@ -145,12 +145,13 @@ class BatchRandAugment:
     def __call__(self, x):
         for _ in range(self.n):
             draw = torch.randint(2*len(rand_ops), (len(x),)) # an operation and a sign
+            counts = draw.bincount(minlength=2*len(rand_ops)).tolist()
+            idxs = draw.argsort().to(x.device, non_blocking=True)
             x = x.clone()
-            for k,(f,value,signed) in enumerate(rand_ops.values()):
+            for k,idx in enumerate(idxs.split(counts)):
+                f,value,signed = list(rand_ops.values())[k//2]
                 v = value(self.m/30, x.shape[-2:])
-                for d,u in ((2*k,v), (2*k+1,-v)) if signed else ((None,v),):
-                    idx = (draw//2==k if d is None else draw==d).nonzero()[:,0].to(x.device)
-                    if len(idx): x[idx] = f(x[idx], u)
+                if len(idx): x[idx] = f(x[idx], -v if signed and k%2 else v)
         return x
 
 # %% ../nbs/03a_augment.ipynb #bfad0f07

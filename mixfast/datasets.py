@@ -74,18 +74,20 @@ def _take(x, i):
 
 # %% ../nbs/05_datasets.ipynb #68e89de2
 def _batches(root, cls, coarse):
-    "CIFAR from pickled batches in `root`, by torchvision's class `cls`"
-    base = root/cls.base_folder
-    for fn,md5 in [*cls.train_list, *cls.test_list, (cls.meta['filename'], cls.meta['md5'])]:
+    "CIFAR from pickled batches in `root`, whose names and checksums torchvision's class `cls` knows"
+    base,meta = root/cls.base_folder,(cls.meta['filename'], cls.meta['md5'])
+    for fn,md5 in [*cls.train_list, *cls.test_list, meta]:
         if not (base/fn).exists(): raise FileNotFoundError(f"{base/fn} is missing: unpack {cls.filename} again")
         if not check_integrity(base/fn, md5):
             raise ValueError(f"{base/fn} is damaged, its MD5 is not {md5}: download {cls.url} again")
     def read(fn):
         with open(base/fn, 'rb') as f: return pickle.load(f, encoding='latin1')
-    parts = [cls(root, train=t) for t in (True,False)]
-    if not coarse: return ImageData(*[(p.data, np.array(p.targets)) for p in parts], parts[0].classes)
-    ys = [np.concatenate([read(fn)['coarse_labels'] for fn,_ in o]) for o in (cls.train_list, cls.test_list)]
-    return ImageData(*[(p.data, y) for p,y in zip(parts, ys)], read(cls.meta['filename'])['coarse_label_names'])
+    kind = '' if cls is CIFAR10 else 'coarse_' if coarse else 'fine_'
+    def split(files):
+        parts = [read(fn) for fn,_ in files]
+        x = np.concatenate([p['data'] for p in parts]).reshape(-1,3,32,32).transpose(0,2,3,1)
+        return np.ascontiguousarray(x), np.concatenate([p[f'{kind}labels'] for p in parts])
+    return ImageData(split(cls.train_list), split(cls.test_list), read(meta[0])[f'{kind}label_names'])
 
 def _folders(root, n, coarse, cache):
     "CIFAR with `n` classes from class folders of PNGs in `root`"
@@ -136,7 +138,7 @@ def _tiny_valid(root, wnids):
         files = sorted(o for w in wnids for o in get_image_files(val/w))
         if not files: raise FileNotFoundError(f"{f} is missing, {val} has no class folders: unpack the archive again")
         return files, [o.relative_to(val).parts[0] for o in files]
-    rows = [l.split('\t') for l in f.read_text().splitlines() if l.strip()]
+    rows = [l.split('\t') for l in f.read_text(encoding='utf-8').splitlines() if l.strip()]
     for i,r in enumerate(rows):
         if len(r)<2 or r[1] not in wnids:
             raise ValueError(f"{f}, line {i+1}: expected an image and a class of wnids.txt: unpack the archive again")
@@ -163,7 +165,7 @@ def tinyimagenet(
 
 def _words(f, wnids):
     "The first name of each class of `wnids`; where there is none, or two classes share it, the number of WordNet"
-    lines = (l.split('\t') for l in f.read_text().splitlines()) if f.exists() else ()
+    lines = (l.split('\t') for l in f.read_text(encoding='utf-8').splitlines()) if f.exists() else ()
     words = {o[0]: o[1].split(',')[0].strip() for o in lines if len(o)>1}
     names = [words.get(w, w) for w in wnids]
     return [n if names.count(n)==1 else w for n,w in zip(names, wnids)]
@@ -174,7 +176,8 @@ def _split(labels, valid_pct, seed):
     if not isinstance(valid_pct, Real) or not 0<valid_pct<1:
         raise ValueError(f"valid_pct must lie between 0 and 1, got {valid_pct!r}")
     try: _,i = train_test_split(np.arange(len(labels)), test_size=valid_pct, random_state=seed, stratify=labels)
-    except ValueError as e: raise ValueError(f"cannot hold out {valid_pct:.0%} of each class: {e}") from e
+    except ValueError as e:
+        raise ValueError(f"cannot hold out {valid_pct:.0%} of each class, choose another valid_pct: {e}") from e
     return np.isin(np.arange(len(labels)), i)
 
 def image_folder(
@@ -213,7 +216,9 @@ def image_df(
         return (df[c] if c in df.columns else df.iloc[:,c]).tolist()
     files,labels = [Path(path).expanduser()/f for f in col(fn_col)],col(label_col)
     _check_labels(files, labels)
-    is_valid = col(valid_col) if valid_col is not None else _split([str(o) for o in labels], valid_pct, seed)
+    is_valid = _split([str(o) for o in labels], valid_pct, seed) if valid_col is None else col(valid_col)
+    for o in is_valid:
+        if o not in (True,False): raise ValueError(f"column {valid_col!r} must be True or False, got {o!r}")
     return from_files(files, labels, is_valid, size=size, **kwargs)
 
 # %% ../nbs/05_datasets.ipynb #e1808024
@@ -240,7 +245,9 @@ def fraction(
     i,n = np.arange(len(y)),round(len(y)*p/100)
     if n<1: raise ValueError(f"{p} % of {len(y)} images are none")
     if n==len(y): return i
-    if stratify: return np.sort(train_test_split(i, train_size=n, stratify=y, random_state=seed)[0])
+    if stratify:
+        try: return np.sort(train_test_split(i, train_size=n, stratify=y, random_state=seed)[0])
+        except ValueError as e: raise ValueError(f"cannot draw {p} % of each class, choose another p: {e}") from e
     return np.sort(np.random.default_rng(seed).permutation(i)[:n])
 
 # %% ../nbs/05_datasets.ipynb #f9b3f331
@@ -251,7 +258,7 @@ def semi_supervised(
     stratify:bool=False, # The same share of each class
 )->tuple: # (images, class numbers) of the labelled; images of the rest
     "Split training data into a labelled fraction and unlabelled images: `sl` and `ssl` of `mix_dls`"
-    (x,y),i = train,fraction(train[1], p, seed, stratify)
+    (x,y),i = map(np.asarray, train),fraction(train[1], p, seed, stratify)
     rest = np.setdiff1d(np.arange(len(y)), i)
     if not len(rest): raise ValueError("p=100 leaves no images without labels: use fraction")
     return (x[i],y[i]), x[rest]
@@ -266,6 +273,6 @@ def noisy_labels(
     y = np.asarray(y)
     c = int(y.max())+1 if c is None else c
     if not isinstance(q, Real) or not 0<=q<=1: raise ValueError(f"q must lie in [0,1], got {q!r}")
-    if c<2: raise ValueError(f"there is no other label: c must be 2 or more, got {c}")
+    if c<=max(y.max(), 1): raise ValueError(f"c must be more than the highest label, and 2 or more, got {c}")
     rng = np.random.default_rng(seed)
     return np.where(rng.random(len(y))<q, (y+rng.integers(1, c, len(y)))%c, y)

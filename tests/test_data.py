@@ -3,7 +3,7 @@ import hashlib, json, os, pickle, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
-from fastai.vision.all import (CategoryBlock, ColReader, DataBlock, DataLoaders, Flip, FlipItem, GrandparentSplitter, Learner,
+from fastai.vision.all import (CategoryBlock, ClassificationInterpretation, ColReader, DataBlock, DataLoaders, Flip, FlipItem, GrandparentSplitter, Learner,
     Normalize, PILImageBW, RandomResizedCrop, RandomSplitter, Resize, accuracy, get_image_files, load_learner, parent_label, resnet18, vision_learner)
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -11,7 +11,7 @@ import mixfast.cache, mixfast.datasets
 from mixfast.all import (BatchCrop, BatchFlip, BatchRandAugment, BatchResizedCrop, BlendDL, ImageStore, MixBatch, MixBlock, MixDL, MixItemDL,
     cifar10, cifar100, fraction, image_df, image_folder, load_files, mix_dls, noisy_labels, phase_dl, semi_supervised, tinyimagenet)
 from mixfast.cache import cache_key, open_cache
-from mixfast.data import alike, blend, image_stats, seeded
+from mixfast.data import as_images, blend, image_stats, seeded
 from conftest import images
 
 SAMPLES = Path(__file__).parents[1]/'nbs'/'samples'
@@ -67,8 +67,7 @@ def test_resized_crop_falls_back_to_the_middle():
 def test_store_shares_memory():
     x,y = images(20, c=3)
     ro = x.copy(); ro.flags.writeable = False
-    assert ImageStore(x).x.data_ptr()==x.ctypes.data
-    assert torch.equal(ImageStore(ro).x, torch.tensor(x))
+    for o in (x,ro): assert ImageStore(o).x.data_ptr()==o.ctypes.data
     dls = mix_dls((x,y), (x,y), bs=4)
     assert {dl.dataset.x.data_ptr() for dl in (dls.sl, dls.ssl, dls.mix, dls.valid)}=={x.ctypes.data}
 
@@ -94,24 +93,56 @@ def test_seed_decides_everything(ssl):
     torch.manual_seed(5); r = torch.rand(1)
     torch.manual_seed(5); epochs(0); assert torch.equal(torch.rand(1), r)
 
+def test_seeds_are_independent():
+    "No loader of one seed draws what a loader of another seed, or another phase, draws"
+    x,y = images(50, c=3)
+    orders = [tuple(dl.get_idxs().reshape(50,-1).T.flatten()[:50]) for s in range(5) for dls in [mix_dls((x,y), ssl=x, seed=s)] for dl in (dls.sl, dls.ssl, dls.mix)]
+    assert len(set(orders))==15
+    dl = mix_dls((x,y), ssl=x, seed=0, bs=10).mix
+    assert len({tuple(dl.order(np.random.default_rng(s))[:,1]) for s in range(9)})==9
+
+def test_what_fastai_expects_of_loaders(tmp_path):
+    "Transforms added to them, one image shown many times, the worst predictions, nothing to train on in an export"
+    x,y = images(400, 8, 3)
+    for ssl in (None, x):
+        dls = mix_dls((x,y), (x[:20],y[:20]), ssl=ssl, bs=8, tfms=BatchCrop(2), seed=0)
+        dls.add_tfms([Flip()], 'after_batch')
+        assert len(dls)==2 and len(dls.sl.after_batch.fs)==len(dls.valid.after_batch.fs)==2
+        dls.train.show_batch(unique=True); dls.show_batch(max_n=3, figsize=(3,3))
+        assert dls.one_batch()[0].shape==(8,3,8,8)
+    dls = mix_dls((x,y), (x[:20],y[:20]), ssl=x, bs=8)
+    learn = vision_learner(dls, resnet18, pretrained=False)
+    ClassificationInterpretation.from_learner(learn).plot_top_losses(4)
+    with learn.no_bar(): assert torch.equal(learn.get_preds(dl=dls.test_dl([(x[3],y[3]),(x[5],y[5])], with_labels=True))[1], torch.tensor(y[[3,5]]))
+    torch.save(dls.new_empty(), tmp_path/'d.pth')
+    assert (tmp_path/'d.pth').stat().st_size < x.nbytes/4
+
+def test_decode_after_a_move():
+    "fastai decodes on the CPU what the device has prepared"
+    prep = MixBatch([.5]*3, [.2]*3)
+    b = prep((torch.zeros(2,3,4,4, dtype=torch.uint8), torch.tensor([0,1])))
+    prep.mean,prep.std = [o.to('meta') for o in (prep.mean,prep.std)]
+    assert prep.decodes([o.to('meta') for o in b])[0].device.type=='meta'
+
 def test_seeded_restores_after_an_error():
     torch.manual_seed(1); want = torch.rand(1)
     torch.manual_seed(1)
     with pytest.raises(KeyError), seeded(3): raise KeyError(torch.rand(5))
     assert torch.equal(torch.rand(1), want)
 
-def test_alike():
-    x = np.random.default_rng(0).integers(0, 256, (5,8,8,3)).astype(np.uint8)
-    t = torch.tensor(x)
-    assert alike(t, (8,8,3)) is not None and torch.equal(alike(t, (8,8,3)), t)
-    pil = np.stack([Image.fromarray(o).convert('L') for o in x])
-    assert (alike(t, (8,8,1))[...,0].int()-torch.tensor(pil).int()).abs().max() <= 1
-    assert torch.equal(alike(t[...,:1], (8,8,3)), t[...,:1].expand(-1,-1,-1,3))
-    rgba = torch.cat([t, t[...,:1]], 3)
-    assert torch.equal(alike(rgba, (8,8,3)), t)
-    pil = np.stack([Image.fromarray(o).resize((4,6), Image.BILINEAR) for o in x])
-    assert (alike(t, (6,4,3)).int()-torch.tensor(pil).int()).abs().max() <= 1
-    with pytest.raises(ValueError, match='cannot be made images of 4'): alike(t, (8,8,4))
+def test_like():
+    "Grey, RGB, RGBA and sizes: what Pillow gives, to a level"
+    x = np.random.default_rng(0).integers(0, 256, (1500,8,10,3)).astype(np.uint8)
+    def like(x, shape): return ImageStore(x).like(shape).batch(range(len(x)))[0].permute(0,2,3,1)
+    def close(a, pil): return (a[:5].int()-torch.tensor(np.stack([np.asarray(o) for o in pil])).int().view(a[:5].shape)).abs().max() <= 2
+    pil = [Image.fromarray(o) for o in x[:5]]
+    assert np.array_equal(like(x, (8,10,3)), x) and close(like(x, (8,10,1)), [o.convert('L') for o in pil])
+    assert close(like(x, (4,4,3)), [o.crop((1,0,9,8)).resize((4,4), Image.BICUBIC) for o in pil]) and close(like(x, (16,20,1)), [o.convert('L').resize((20,16), Image.BICUBIC) for o in pil])
+    assert like(x, (6,4,3)).shape==(1500,6,4,3)
+    assert np.array_equal(like(x[...,:1], (8,10,3)), np.repeat(x[...,:1], 3, 3)) and ImageStore(x[...,:1]).like((8,10,3)).x.shape[3]==1
+    assert np.array_equal(like(np.concatenate([x, x[...,:1]], 3), (8,10,3)), x)
+    for n,c in ((3,4), (1,4), (2,3)):
+        with pytest.raises(ValueError, match=f'images of {n} channels cannot be made images of {c}'): ImageStore(np.zeros((2,8,8,n), np.uint8)).like((8,8,c))
 
 @pytest.mark.parametrize('a,b', [(1,3), (3,1)])
 def test_grey_and_rgb_meet(a, b, make):
@@ -133,6 +164,7 @@ def test_plain_learner():
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1)
     assert learn.recorder.values[0][0] > 0 and learn.get_preds()[0].shape==(24,3)
     assert dls.new(dls.valid.dataset).one_batch()[0].shape==(8,3,32,32) and dls.vocab==['0','1','2']
+    item,*_ = learn.predict(x[0]); assert item in dls.vocab
     (x0,y0),*_ = dls.valid.decode_batch(dls.valid.one_batch(), max_n=1)
     assert abs(x0*255-torch.tensor(x[0]).permute(2,0,1)).max() < 0.01 and y0=='0'
 
@@ -159,8 +191,8 @@ def test_mixblock_phases(tmp_path):
     assert [[*o.shape] for o in dls.mix.one_batch()]==[[4,3,16,16],[4]] and len(dls.ssl.one_batch())==1 and dls.vocab==['c0','c1','c2']
     idxs = dls.mix.get_idxs()[:4]
     for dl in (dls.sl, dls.ssl): dl.before_iter()
-    with seeded(1): b = dls.mix.load(idxs, (7,)); m,y = dls.mix.after_batch(b)
-    with seeded(1): b = dls.mix.load(idxs, (7,)); xs,y1 = dls.sl.after_batch(b[0]); xu, = dls.ssl.after_batch(b[1])
+    with seeded(1): b = dls.mix.load(idxs, (7,2,0,0)); m,y = dls.mix.after_batch(b)
+    with seeded(1): b = dls.mix.load(idxs, (7,2,0,0)); xs,y1 = dls.sl.after_batch(b[0]); xu, = dls.ssl.after_batch(b[1])
     assert torch.allclose(m, 0.25*xs+0.75*xu, atol=1e-5) and torch.equal(y, y1)
     assert b[1][0].float().mean() > 1 and -2.1 < xu.mean() < 2.1 and xu.min() < 0 # normalised as the labelled ones
     same = item_dls(sl)
@@ -206,7 +238,9 @@ def test_mixblock_frame_grey_and_fit(tmp_path, make):
     assert again.predict(get_image_files(sl)[0])[0] in dls.vocab and again.dls.train.opts['ssl'] is None
 
 def test_mixblock_few_images(tmp_path, make):
+    "Fewer than a batch: all of them are one, in another order each epoch"
     learn = make(dls=item_dls(write(tmp_path/'a', 9, size=8), write(tmp_path/'b', 5, size=8), bs=64, item_tfms=Resize(8), batch_tfms=[]))
+    for p in ('ssl','mix','sl'): assert not torch.equal(*[next(iter(phase_dl(learn.dls, p)))[0] for _ in range(2)])
     learn.fit_mixtraining(2, 2, rho=0.5)
     assert np.isfinite(learn.mix.history.train_loss).all()
 
@@ -215,7 +249,7 @@ def test_mixblock_names_a_file_that_it_cannot_read(tmp_path, n):
     f = sorted(get_image_files(write(tmp_path/'a', 12)))[0]
     dls = item_dls(tmp_path/'a', n=n)
     f.write_bytes(f.read_bytes()[:60])
-    with pytest.raises(OSError, match=f'cannot read .*{f.name}: '): list(dls.train); list(dls.valid.new(shuffle=False))
+    with pytest.raises(RuntimeError, match=f'cannot load .*{f.name}: '): list(dls.train); list(dls.valid.new(shuffle=False))
 
 def test_mixblock_bad_input(tmp_path):
     (tmp_path/'empty').mkdir()
@@ -239,14 +273,14 @@ def test_cache_follows_the_files(tmp_path):
     x[:] = 0 # a user may write to what he is given; the cache does not change
     assert load_files(files[1:], 16, cache=c)[0].any()
 
-@pytest.mark.parametrize('harm', ['truncate', 'flip', 'longer', 'meta', 'no meta', 'no images'])
+@pytest.mark.parametrize('harm', ['truncate', 'flip', 'longer', 'meta', 'list', 'no meta', 'no images'])
 def test_damaged_cache_is_rebuilt(tmp_path, harm):
     files = sorted(get_image_files(write(tmp_path/'a')))
     want = load_files(files, 16, cache=tmp_path/'c')[0].copy()
     d = next(p for p in (tmp_path/'c').iterdir() if p.is_dir())
     b,m = d/'images.bin',d/'meta.json'
     {'truncate': lambda: b.write_bytes(b.read_bytes()[:-5]), 'flip': lambda: b.write_bytes(b'\1'*5+b.read_bytes()[5:]), 'longer': lambda: b.write_bytes(b.read_bytes()+b'x'),
-     'meta': lambda: m.write_text(m.read_text()[:9]), 'no meta': m.unlink, 'no images': b.unlink}[harm]()
+     'meta': lambda: m.write_text(m.read_text()[:9]), 'list': lambda: m.write_text('[1]'), 'no meta': m.unlink, 'no images': b.unlink}[harm]()
     assert np.array_equal(load_files(files, 16, cache=tmp_path/'c')[0], want)
     assert np.array_equal(open_cache(d)[0], want)
 
@@ -296,6 +330,8 @@ def test_unreadable_files(tmp_path):
         x,i = load_files(files, 16, skip_bad=True, bar=False)
     assert len(x)==597 and set(range(601))-set(i)=={3,300,599,600}
     with pytest.raises(ValueError, match='1 of 1 images cannot be read'): load_files(files[3:4], skip_bad=True)
+    shutil.copy(files[0], tmp_path/'gone.png') # what could not be read for a while is tried again
+    with pytest.warns(UserWarning, match='3 of 601'): assert len(load_files(files, 16, skip_bad=True, bar=False)[0])==598
     many = [tmp_path/f'{k}.png' for k in range(60)]
     with pytest.raises(ValueError, match='and 10 more'): load_files(many+files[:1])
 
@@ -304,6 +340,7 @@ def test_modes_and_sizes(tmp_path):
     for n,im in dict(a=Image.fromarray(x), b=Image.fromarray(x).convert('L'), c=Image.fromarray(x).convert('P'), d=Image.fromarray(x).convert('RGBA'), e=Image.fromarray(x).convert('1')).items(): im.save(tmp_path/f'{n}.png')
     Image.fromarray(x).convert('CMYK').save(tmp_path/'f.jpg'); Image.fromarray(x).resize((900,600)).save(tmp_path/'g.jpg')
     fs = sorted(get_image_files(tmp_path))
+    assert np.array_equal(as_images(fs, (20,30,3)), load_files(fs, np.array([20,30]))[0]) # to predict as to train
     a,b = load_files(fs, (20,30))[0],load_files(fs, 20, 'L')[0]
     assert a.shape==(7,20,30,3) and b.shape==(7,20,20,1) and np.array_equal(a[0], np.asarray(Image.fromarray(x).resize((30,20), Image.BICUBIC)))
     for kw,match in ((dict(size=0), 'size must be'), (dict(size=(1,2,3)), 'size must be'), (dict(mode='HSV'), 'mode must be')):
@@ -406,6 +443,8 @@ def test_image_folder_and_frame(tmp_path):
     d = image_df(df, fn_col='f', label_col='kind', valid_col='v', size=16)
     assert d.vocab==['0','10','20'] and len(d.valid[0])==df.v.sum() and d.valid[1].tolist()==(df.kind[df.v]//10).tolist()
     with pytest.raises(ValueError, match='has no label'): image_df(df.assign(kind=df.kind.where(df.index!=2)), label_col='kind', size=16)
+    for bad in (np.nan, 'False', 2):
+        with pytest.raises(ValueError, match="column 'v' must be True or False, got"): image_df(df.assign(v=[bad]+[True]*10), valid_col='v', size=16)
     with pytest.raises(ValueError, match='0 of 11 images are for validation'): image_df(df.assign(v=False), valid_col='v', size=16)
 
 def test_fractions():
@@ -418,6 +457,9 @@ def test_fractions():
     assert abs(hits-0.1).max() < 0.03 # each image as often as any other
     (xl,yl),rest = semi_supervised((np.arange(5000), y), 25, seed=3)
     assert np.array_equal(np.sort(np.concatenate([xl,rest])), np.arange(5000)) and np.array_equal(xl, fraction(y, 25, 3)) and np.array_equal(yl, y[xl])
+    series = pd.Series(y, index=np.arange(5000)[::-1])
+    assert np.array_equal(semi_supervised((y, series), 25, seed=3)[0][1], yl) and np.array_equal(fraction(series, 25, 3, True), fraction(y, 25, 3, True))
+    with pytest.raises(ValueError, match='cannot draw 1 % of each class, choose another p'): fraction(y[::50], 1, stratify=True)
     with pytest.raises(ValueError, match='leaves no images without labels'): semi_supervised((y,y), 100)
     with pytest.raises(ValueError, match='2 % of 9 images are none'): fraction(y[:9], 2)
 
@@ -428,7 +470,8 @@ def test_label_noise_is_uniform_over_the_others():
         share = np.bincount(z[y==c], minlength=4)/20000
         assert abs(share[c]-0.8) < 0.01 and abs(np.delete(share, c)-0.2/3).max() < 0.01
     assert np.array_equal(z, noisy_labels(y, 0.2, seed=1)) and noisy_labels(y[:5], 1, c=9).max() <= 8
-    with pytest.raises(ValueError, match='c must be 2 or more'): noisy_labels([0,0], 0.2)
+    for c in (None, 1): pytest.raises(ValueError, noisy_labels, [0,0], 0.2, c)
+    with pytest.raises(ValueError, match='c must be more than the highest label, and 2 or more, got 3'): noisy_labels(y, 0.2, 3)
 
 # The real archives, where they are
 

@@ -6,7 +6,8 @@
 2. share of a training step spent waiting for data: the smallest ViT of the tests, on its own images and on CIFAR-10's
 3. most memory that store and loaders take / bytes of the uint8 images, two epochs of each phase
 4. seconds to decode all PNGs to the cache / to decode them and throw them away, all cores; then the second start
-5. with a CUDA device: ViT-T, bf16, batch 256: a step with its loader / a step on one batch again and again
+5. with a CUDA device: ViT-T, bf16, batch 256: a step with its loader / a step on one batch again and again;
+   light and heavy augmentation, images on the device and not
 """
 import os, resource, subprocess, sys, tempfile, time, warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -50,7 +51,8 @@ def waiting(data, rounds=3):
     rng = np.random.default_rng(0)
     own = (rng.integers(0, 256, (1200,8,8,1)).astype(np.uint8), np.arange(1200)%3)
     cifar = [o[:2560] for o in data.train]
-    for name,d,bs,tfms in (('8x8 images, batch 256', own, 256, None), ('8x8 images, batch 8', own, 8, None), ('CIFAR-10, batch 256', cifar, 256, 'cifar')):
+    for name,d,bs,tfms in (('8x8 images, batch 256', own, 256, None), ('8x8 images, batch 8', own, 8, None),
+                           ('CIFAR-10, batch 256', cifar, 256, 'cifar'), ('the same with RandAugment', cifar, 256, 'tinyimagenet')):
         set_seed(0)
         learn = mix_learner(mix_dls(d, bs=bs, tfms=tfms, device='cpu'), **VIT)
         learn.create_opt()
@@ -68,25 +70,28 @@ def waiting(data, rounds=3):
         show(f'share of a training step waiting for data, smallest ViT, {name}', rs, 'less than 0.02')
 
 MEMORY = '''
-import gc, resource, sys, numpy as np, torch
-from mixfast.all import mix_dls
+import gc, resource, sys
+from mixfast.all import cifar10, mix_dls
 rss = lambda: int(open('/proc/self/statm').read().split()[1])*resource.getpagesize()
 peak = lambda: int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])*1024
-def run(n):
-    x,y = np.random.default_rng(0).integers(0, 256, (n,32,32,3), np.uint8),np.arange(n)%10
-    dls = mix_dls((x,y), (x[:100],y[:100]), ssl=x if sys.argv[1]=='two' else None, tfms='cifar', device='cpu')
-    for dl in (dls.ssl, dls.mix, dls.sl)*2:
+def run(data):
+    sl,valid = data.train,data.valid
+    dls = mix_dls(sl, valid, ssl=sl[0] if sys.argv[1]=='two' else None, tfms='cifar', device='cpu')
+    for dl in (dls.ssl, dls.mix, dls.sl, dls.valid)*2:
         for b in dl: pass
-    return x.nbytes
-run(1000); gc.collect()
+    return sl[0].nbytes+valid[0].nbytes
+from mixfast.all import digits
+run(digits())
+data = cifar10(sys.argv[2]) # mapped, and not yet read
+gc.collect()
 base = rss(); open('/proc/self/clear_refs', 'w').write('5')
-n = run(50000)
+n = run(data)
 print((peak()-base)/n)
 '''
-def memory(rounds=3):
+def memory(path, rounds=3):
     for kind in ('one','two'):
-        rs = [float(subprocess.run([sys.executable, '-W', 'ignore', '-c', MEMORY, kind], capture_output=True, text=True, check=True).stdout) for _ in range(rounds)]
-        show(f'peak memory of store and loaders / bytes of 50,000 images, {kind} data set{"s"*(kind=="two")}', rs, 'at most 1.2')
+        rs = [float(subprocess.run([sys.executable, '-W', 'ignore', '-c', MEMORY, kind, path], capture_output=True, text=True, check=True).stdout) for _ in range(rounds)]
+        show(f'peak memory of store and loaders / bytes of the images of CIFAR-10, {kind} data set{"s"*(kind=="two")}', rs, 'at most 1.2')
 
 def bare(files):
     for f in files:
@@ -105,26 +110,29 @@ def decoding(path, rounds=5):
     print(f'    {median(a for a,*_ in rs):.1f} s and {median(b for _,b,_ in rs):.1f} s; the second start {median(c for *_,c in rs):.2f} s')
 
 def gpu(data, rounds=5, n=60):
-    learn = mix_learner(mix_dls(data.train, data.valid, tfms='cifar', device='cuda'), 'vit_tiny_patch16_224', patch_size=2)
-    learn.model.to('cuda'); learn.create_opt()
-    m,dl,rs = learn.model.train(),learn.dls.mix,[]
-    m.phase,fixed = 'mix',dl.one_batch()
-    def step(x, y):
-        with torch.autocast('cuda', torch.bfloat16):
-            out = m(x)
-            loss = out.ssl_loss+learn.loss_func(out.logits, y)
-        loss.backward()
-        learn.opt.step(); learn.opt.zero_grad()
-    def run(batches):
-        torch.cuda.synchronize()
-        for b in batches: step(*b)
-        torch.cuda.synchronize()
-    for r in range(rounds+1):
-        it = iter(dl)
-        a,b = timed(lambda: run(next(it) for _ in range(n))),timed(lambda: run([fixed]*n))
-        if r: rs.append((a,b))
-    show('step with its loader / on one batch, ViT-T, bf16, batch 256', [a/b for a,b in rs], 'about 1')
-    print(f'    {median(a for a,_ in rs)/n*1e3:.1f} ms and {median(b for _,b in rs)/n*1e3:.1f} ms a step; loader alone {rate(dl, n):,.0f} images/s')
+    for tfms in ('cifar','tinyimagenet'):
+        for on in (True,False):
+            learn = mix_learner(mix_dls(data.train, data.valid, tfms=tfms, device='cuda', on_device=on), 'vit_tiny_patch16_224', patch_size=2)
+            learn.model.to('cuda'); learn.create_opt()
+            m,dl,rs = learn.model.train(),learn.dls.mix,[]
+            m.phase,fixed = 'mix',dl.one_batch()
+            def step(x, y):
+                with torch.autocast('cuda', torch.bfloat16):
+                    out = m(x)
+                    loss = out.ssl_loss+learn.loss_func(out.logits, y)
+                loss.backward()
+                learn.opt.step(); learn.opt.zero_grad()
+            def run(batches):
+                torch.cuda.synchronize()
+                for b in batches: step(*b)
+                torch.cuda.synchronize()
+            for r in range(rounds+1):
+                it = iter(dl)
+                a,b = timed(lambda: run(next(it) for _ in range(n))),timed(lambda: run([fixed]*n))
+                if r: rs.append((a,b))
+            where = 'on the device' if on else 'in main memory'
+            show(f'step with its loader / on one batch, ViT-T, bf16, batch 256, {tfms!r}, images {where}', [a/b for a,b in rs], 'about 1')
+            print(f'    {median(a for a,_ in rs)/n*1e3:.1f} ms and {median(b for _,b in rs)/n*1e3:.1f} ms a step; loader alone {rate(dl, n):,.0f} images/s')
 
 if __name__=='__main__':
     warnings.filterwarnings('ignore')
@@ -134,5 +142,5 @@ if __name__=='__main__':
     decoding(path)
     data = cifar10(path)
     torch.set_num_threads(1)
-    loaders(path, data); waiting(data); memory()
+    loaders(path, data); waiting(data); memory(path)
     if torch.cuda.is_available(): gpu(data)

@@ -43,6 +43,9 @@ def digits(
     return ImageData((x,y), (xv,yv), [str(o) for o in range(10)])
 
 # %% ../nbs/05_datasets.ipynb #118c6550
+def _images(path): return sorted(map(str, get_image_files(path))) # strings: a fraction of the memory of paths
+def _folder(f): return os.path.basename(os.path.dirname(f))
+
 def _check_labels(files, labels):
     for f,o in zip(files, labels):
         if pd.isna(o): raise ValueError(f"{f} has no label: label it, or leave it out")
@@ -91,8 +94,8 @@ def _batches(root, cls, coarse):
 
 def _folders(root, n, coarse, cache):
     "CIFAR with `n` classes from class folders of PNGs in `root`"
-    files = {s: sorted(get_image_files(root/s)) for s in ('train','test')}
-    labels = {s: [f.parts[-3 if coarse else -2] for f in fs] for s,fs in files.items()}
+    files = {s: _images(root/s) for s in ('train','test')}
+    labels = {s: [_folder(os.path.dirname(f) if coarse else f) for f in fs] for s,fs in files.items()}
     vocab = sorted(set().union(*labels.values()))
     for s,o in labels.items():
         missing = sorted(set(vocab)-set(o))
@@ -135,9 +138,9 @@ def _tiny_valid(root, wnids):
     "Files and labels of the validation split in `root`"
     val,f = root/'val',root/'val'/'val_annotations.txt'
     if not f.exists() or not (val/'images').is_dir():
-        files = sorted(o for w in wnids for o in get_image_files(val/w))
-        if not files: raise FileNotFoundError(f"{f} is missing, {val} has no class folders: unpack the archive again")
-        return files, [o.relative_to(val).parts[0] for o in files]
+        rows = [(o,w) for w in wnids for o in _images(val/w)]
+        if not rows: raise FileNotFoundError(f"{f} is missing, {val} has no class folders: unpack the archive again")
+        return [o for o,_ in rows], [w for _,w in rows]
     rows = [l.split('\t') for l in f.read_text(encoding='utf-8').splitlines() if l.strip()]
     for i,r in enumerate(rows):
         if len(r)<2 or r[1] not in wnids:
@@ -155,7 +158,7 @@ def tinyimagenet(
     if not (root/'wnids.txt').exists():
         raise FileNotFoundError(f"no TinyImageNet in {path}: expected wnids.txt, train/ and val/ (unpack {TINY_URL})")
     wnids = sorted((root/'wnids.txt').read_text().split())
-    train = [(f,w) for w in wnids for f in sorted(get_image_files(root/'train'/w))]
+    train = [(f,w) for w in wnids for f in _images(root/'train'/w)]
     missing = sorted(set(wnids)-{w for _,w in train})
     if missing: raise ValueError(f"{root/'train'} has no images of {missing[:5]}: unpack the archive again")
     files,labels = _tiny_valid(root, wnids)
@@ -191,11 +194,11 @@ def image_folder(
     path = Path(path).expanduser()
     valid = next((path/o for o in ('valid','val','test') if (path/o).is_dir()), None)
     if split := valid is not None and (path/'train').is_dir():
-        files = [sorted(get_image_files(o)) for o in (path/'train',valid)]
+        files = [_images(o) for o in (path/'train',valid)]
         is_valid,files = np.repeat([False,True], [len(o) for o in files]),sum(files, [])
-    else: files = sorted(get_image_files(path))
+    else: files = _images(path)
     if not files: raise FileNotFoundError(f"no images in {path}: expected a folder with a subfolder for each class")
-    labels = [f.parent.name for f in files]
+    labels = [_folder(f) for f in files]
     return from_files(files, labels, is_valid if split else _split(labels, valid_pct, seed), size=size, **kwargs)
 
 def image_df(

@@ -208,7 +208,7 @@ def after_validate(self:MixRecorder):
     if not self.active or len(rec.log)==len(rec.metric_names): return
     self.fill(len(rec.metric_names)-4)
     if not self.active.ph.sl: # metrics of an untrained classifier
-        keep = {'epoch','train_loss','valid_loss'}
+        keep = {'epoch','train_loss','valid_loss', *(m.name for m in self.metrics if getattr(m, 'of_features', False))}
         rec.log = L(o if n in keep else math.nan for n,o in zip(rec.metric_names, rec.log))
     rec.log += [self.mean('ssl_loss'), self.mean('sl_loss'), self.clock()-self.t0, self.active.ph.name]
 

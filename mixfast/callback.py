@@ -9,6 +9,7 @@ __all__ = ['MixTrainingCallback', 'MixRecorder']
 
 # %% ../nbs/06_callback.ipynb #e53fc4ec
 import math, time
+from contextlib import nullcontext
 import matplotlib.pyplot as plt, pandas as pd, torch
 
 from fastcore.basics import patch
@@ -152,8 +153,14 @@ def after_fit(self:MixRecorder):
 def fix_autocast(self:MixRecorder):
     "fastai's `MixedPrecision` assumes CUDA: make it mean the device that the model is on"
     mp,dev = getattr(self.learn, 'mixed_precision', None),self.device_type()
-    if not mp or dev=='cuda': return
-    mp.autocast = torch.autocast(dev, dtype=dict(bf16=torch.bfloat16, fp16=torch.float16)[mp.amp_mode.value])
+    if mp and dev!='cuda': mp.autocast = self.autocast(dev)
+
+@patch
+def autocast(self:MixRecorder, dev):
+    "The context that the learner's `MixedPrecision`, if it has one, means on a device of type `dev`"
+    mp = getattr(self.learn, 'mixed_precision', None)
+    if not mp: return nullcontext()
+    return torch.autocast(dev, dtype=dict(bf16=torch.bfloat16, fp16=torch.float16)[mp.amp_mode.value])
 
 @patch
 def device_type(self:MixRecorder): return next(self.learn.model.parameters()).device.type

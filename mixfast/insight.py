@@ -10,7 +10,6 @@ __all__ = ['METHODS', 'embed', 'bank_dl', 'knn_predict', 'KNNAccuracy', 'linear_
 
 # %% ../nbs/08_insight.ipynb #0574795a
 import math, time
-from contextlib import nullcontext
 from copy import deepcopy
 from statistics import median
 
@@ -181,14 +180,14 @@ class GradCosines(Callback):
 def _steps(learn):
     "For each phase a function that makes a training step of a copy of the model"
     m = deepcopy(learn.model)
-    opt,amp = learn.opt_func(learn.splitter(m), lr=0.),getattr(learn, 'mixed_precision', None)
+    opt = learn.opt_func(learn.splitter(m), lr=0.)
     def step(phase):
         if len(phase_dl(learn.dls, phase).dataset[0])<2 and phase!='ssl': return None
         x,*y = phase_dl(learn.dls, phase).one_batch()
         m.to(x.device).train()
         def f():
             m.phase = phase
-            with amp.autocast if amp else nullcontext():
+            with learn.mix.autocast(x.device.type):
                 out = m(x)
                 loss = 0. if phase=='sl' else out.ssl_loss
                 if phase!='ssl': loss = loss + learn.loss_func(out if phase=='sl' else out.logits, *y)

@@ -1,0 +1,144 @@
+"Experiments: what is run, what is kept when a run is killed, what the report says"
+import json, signal, subprocess, sys, time
+from dataclasses import asdict, replace
+from pathlib import Path
+import numpy as np, pandas as pd, pytest
+
+import mixfast.experiments as ex
+from mixfast.experiments import (Experiment, add_record, comparisons, estimate, experiment_args, experiment_dls, experiment_learner, experiments,
+    missing_runs, paper_tables, read_records, record_id, reproduce, results, run_experiment, scaled, vary, write_report)
+from mixfast.datasets import ImageData, fraction
+
+E10 = {e.method:e for e in experiments(1, 'cifar10', 'vit_t', 10).exp}
+
+def fake(name, path, n=300, size=None):
+    "Random images in place of an archive"
+    size = size or (64 if name=='tinyimagenet' else 32)
+    rng = np.random.default_rng(len(name))
+    x = rng.integers(0, 256, (n,size,size,3)).astype(np.uint8)
+    return ImageData((x, np.arange(n)%10), (x[:20], np.arange(20)%10), [str(i) for i in range(10)])
+
+def record(e, seed=0, scale='paper', accuracy=0.5, seconds=10.):
+    return dict(exp=asdict(e), seed=seed, scale=scale, accuracy=accuracy, train_seconds=seconds, device='d', bf16=True, versions=dict(torch='t'))
+
+def test_paper_tables_are_those_of_the_paper():
+    t = paper_tables()
+    shared = Path(__file__).resolve().parents[2]/'shared'/'paper'/'mixtraining_tables.csv'
+    if shared.exists(): assert t.equals(pd.read_csv(shared))
+    f = lambda **kw: t[np.logical_and.reduce([t[k]==v for k,v in kw.items()])]
+    assert f(table=1, sl_data='tinyimagenet', method='mix', p=100).accuracy.item() - f(table=1, sl_data='tinyimagenet', method='ssl_sl', p=100).accuracy.item() == pytest.approx(8.81, abs=0.01)
+
+def test_every_figure_is_an_experiment():
+    "Settings survive: no two rows of one table are the same experiment"
+    df = experiments()
+    assert len(df)==312
+    for t,g in df.groupby('table'): assert g.exp.nunique()==len(g), t
+    for e in set(df.exp):
+        a = experiment_args(e)
+        assert a['e_ssl']==e.e_ssl and (e.method=='mix')==(e.rho>0) and (e.method=='sl')==(e.e_ssl==0) and bool(a['cbs'])==e.mixup
+    kinds = [sum(getattr(e, k)!=v for e in set(df.exp)) for k,v in (('alpha_sched',''), ('semi',False), ('noise',0), ('mixup',False))]
+    assert kinds==[10,3,15,10], kinds
+    assert {e.ssl_data for e in experiments(3, methods='mix').exp}=={'tinyimagenet'}
+
+def test_dls_of_each_kind():
+    "Fractions, noise, semi-supervised, cross-dataset; the same images for all methods of a seed"
+    y = fake('cifar10', '').train[1]
+    dls = {m: experiment_dls(e, 3, '', load=fake, device='cpu') for m,e in E10.items()}
+    for d in dls.values(): assert d.train_ds.y.tolist()==y[fraction(y, 10, 3)].tolist() and d.mix is d.sl and len(d.valid_ds)==20
+    noise = experiment_dls(replace(E10['mix'], p=100, noise=0.2), 3, '', load=fake, device='cpu').train_ds.y.numpy()
+    assert 0.1 < (noise!=y).mean() < 0.3
+    semi = experiments(8).exp
+    for e in semi:
+        d = experiment_dls(e, 3, '', load=fake, device='cpu')
+        assert len(d.train_ds)==150 and len(d.ssl.dataset)==150
+    cross = experiment_dls(next(e for e in experiments(3, 'cifar10', methods='mix').exp), 3, '', load=fake, device='cpu')
+    assert cross.ssl.dataset.shape==(32,32,3) and cross.mix is not cross.sl and len(cross.sl.after_batch.fs[0].tfms)==2
+    assert len(experiment_dls(replace(E10['sl'], sl_data='tinyimagenet'), 3, '', load=fake, device='cpu').sl.after_batch.fs[0].tfms)==3
+
+def test_the_papers_models():
+    "ViT-T of 192 x 12 with 256 tokens on either size, ResNet-18"
+    for name,p in (('cifar10',2), ('tinyimagenet',4)):
+        e = replace(E10['mix'], sl_data=name)
+        bb = experiment_learner(e, experiment_dls(e, 0, '', load=fake, device='cpu')).model.backbone
+        assert (bb.embed_dim, len(bb.blocks), bb.patch_embed.patch_size, bb.patch_embed.num_patches)==(192, 12, (p,p), 256)
+        assert experiment_args(e)['recipe']==('vit_t' if p==2 else 'vit_t_tinyimagenet')
+    e = replace(E10['mix'], model='resnet18')
+    assert len(experiment_learner(e, experiment_dls(e, 0, '', load=fake, device='cpu')).model.backbone.layer4)==2
+
+def test_run_and_records(tmp_path):
+    args = dict(path='', out=tmp_path, scale='tiny', load=fake, device='cpu', bar=False)
+    new = reproduce([E10['mix'], replace(E10['sl'], mixup=True)], seeds=2, **args)
+    assert len(new)==4 and read_records(tmp_path)==json.loads(json.dumps(new))
+    r = new[0]
+    assert r['accuracy']==r['accuracies'][-1] and r['accuracies'][0] is None and r['train_seconds']==sum(r['seconds'].values()) <= r['total_seconds']
+    assert {'seed','scale','peak_bytes','commit','versions','device','phases','exp','n_train'} <= r.keys() and r['peak_bytes'] > 1e8
+    again = run_experiment(E10['mix'], 0, '', 'tiny', load=fake, device='cpu')
+    assert again['accuracies']==r['accuracies'] # a run is what its settings and its seed say
+    assert reproduce([E10['mix']], seeds=2, **args)==[] and len(reproduce([E10['mix']], seeds=3, **args))==1
+    assert len(estimate(missing_runs(E10.values(), 1, tmp_path, 'tiny'), '', 'tiny', load=fake, device='cpu'))==2
+
+@pytest.mark.parametrize('cut', [1, 30, 200])
+def test_a_half_written_line(tmp_path, cut):
+    f = tmp_path/'a.jsonl'
+    recs = [record(E10['mix'], s) for s in range(3)]
+    for i,r in enumerate(recs):
+        add_record(f, r)
+        if i==1: f.write_bytes(f.read_bytes()[:-cut])
+    assert read_records(tmp_path)==([recs[0],recs[2]] if cut>1 else recs) and read_records(f)==read_records(tmp_path)
+    f.write_bytes(f.read_bytes()+b'\xff\xfe{"exp"\n[1]\n5\n')
+    assert len(read_records(f))==(2 if cut>1 else 3) and read_records(tmp_path/'none.jsonl')==[]
+    assert [r['seed'] for r in read_records(tmp_path)] and record_id(recs[0])!=record_id(recs[1])
+
+RUN = '''
+import sys; sys.path.insert(0, sys.argv[2])
+from test_experiments import *
+reproduce(list(E10.values()), '', sys.argv[1], 3, 'tiny', load=fake, device='cpu', bar=False)
+'''
+def test_killed_and_started_again(tmp_path):
+    "Runs that were done stay, the one that was cut is run again, none twice"
+    cmd = [sys.executable, '-W', 'ignore', '-c', RUN, tmp_path, Path(__file__).parent]
+    p = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(1200):
+        if len(read_records(tmp_path))>=2 or p.poll() is not None: break
+        time.sleep(0.05)
+    p.send_signal(signal.SIGKILL); p.wait()
+    n = len(read_records(tmp_path))
+    assert 2 <= n < 9
+    subprocess.run(cmd, check=True, capture_output=True)
+    ids = [record_id(r) for r in read_records(tmp_path)]
+    assert len(ids)==len(set(ids))==9
+
+def test_report(tmp_path):
+    "Means and spreads over seeds, wins as the paper counts, the paper's own figures; studies of our own; scales apart"
+    recs = [record(E10['ssl_sl'], s, accuracy=a, seconds=20.) for s,a in enumerate((0.50,0.54))]
+    recs += [record(E10['mix'], s, accuracy=a, seconds=15.) for s,a in enumerate((0.56,0.60))]
+    recs += [record(replace(E10['mix'], rho=r), accuracy=0.4+r/5, seconds=25.) for r in (0.25,1.)] + [record(E10['mix'], scale='small', accuracy=0.1)]
+    for r in recs: add_record(tmp_path/'a.jsonl', r)
+    res = results(read_records(tmp_path))
+    m = res[(res.table==1)&(res.method=='mix')&(res.scale=='paper')].iloc[0]
+    assert m.ours==pytest.approx(58) and m['std']==pytest.approx(2) and m.seconds==15 and m.runs==2 and m.accuracy==60.45
+    c = comparisons(res).query("table==1").iloc[0]
+    assert c.win and c.gain==pytest.approx(6) and c.speedup==pytest.approx(4/3) and c.paper_gain==pytest.approx(60.45-56.79)
+    study = comparisons(res).query("table==0")
+    assert study.set_index('rho').win.to_dict()=={0.25:False, 0.5:True, 1.:False}
+    text = write_report(tmp_path).read_text()
+    assert '58.00 ± 2.00 (60.45)' in text and 'Beyond the paper' in text and "scale 'small'" in text and 'Accuracy by rho' in text and '1 wins of 1' in text
+    html = (tmp_path/'report.html').read_text()
+    assert '58.00 ± 2.00 (60.45)' in html and all((tmp_path/o.split('"')[0]).exists() for o in html.split('src="')[1:])
+    with pytest.raises(ValueError, match='no records'): write_report(tmp_path/'none')
+
+def test_commands(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(ex.DATASETS, 'cifar10', lambda path: fake('cifar10', path))
+    args = '--table 1 --dataset cifar10 --model vit_t --p 10 --scale tiny --seeds 1 --out'.split()+[str(tmp_path)]
+    ex.main(args+['--dry-run'])
+    out = capsys.readouterr().out
+    assert '3 runs, 0.0 hours' in out and out.count('Experiment(')==3 and not list(tmp_path.iterdir())
+    ex.main(args+['--methods','mix','--rho','0.5','1'])
+    assert sorted(r['exp']['rho'] for r in read_records(tmp_path))==[0.5,1.]
+    ex.report_main([str(tmp_path)])
+    assert (tmp_path/'report.md').exists()
+    for bad,msg in ((['--table','12'], 'table must be one of'), (['--rho','2'], r'rho must lie in'), (['--table','8','--p','10'], 'p must be one of')):
+        with pytest.raises(SystemExit, match=f'mixfast-reproduce: .*{msg}'): ex.main(bad)
+    with pytest.raises(SystemExit, match='mixfast-report: .*no records'): ex.report_main([str(tmp_path/'none')])
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match='no CIFAR10 in'): ex.main(['--table','1','--dataset','cifar10','--path',str(tmp_path),'--dry-run'])

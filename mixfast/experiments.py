@@ -11,7 +11,7 @@ __all__ = ['PACKAGE', 'DATASETS', 'NAMES', 'SCALES', 'paper_tables', 'Experiment
            'paper_layout', 'plot_latency', 'plot_parameter', 'write_report', 'main', 'report_main']
 
 # %% ../nbs/09_experiments.ipynb #ed198a65
-import argparse, json, os, platform, resource, subprocess, sys, time, warnings
+import argparse, json, os, platform, subprocess, sys, time, warnings
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -200,6 +200,8 @@ def _commit():
 def _peak(dev):
     "Most memory so far, bytes: of the device, or of the process"
     if dev.type=='cuda': return torch.cuda.max_memory_allocated(dev)
+    if sys.platform=='win32': return None
+    import resource # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)
 
 def run_experiment(

@@ -143,13 +143,14 @@ class BatchRandAugment:
     __repr__ = basic_repr('n,m')
 
     def __call__(self, x):
+        ops = list(rand_ops.values())
         for _ in range(self.n):
-            draw = torch.randint(2*len(rand_ops), (len(x),)) # an operation and a sign
-            counts = draw.bincount(minlength=2*len(rand_ops)).tolist()
+            draw = torch.randint(2*len(ops), (len(x),)) # an operation and a sign
+            counts = draw.bincount(minlength=2*len(ops)).tolist()
             idxs = draw.argsort().to(x.device, non_blocking=True)
             x = x.clone()
             for k,idx in enumerate(idxs.split(counts)):
-                f,value,signed = list(rand_ops.values())[k//2]
+                f,value,signed = ops[k//2]
                 v = value(self.m/30, x.shape[-2:])
                 if len(idx): x[idx] = f(x[idx], -v if signed and k%2 else v)
         return x

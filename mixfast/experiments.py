@@ -12,7 +12,8 @@ __all__ = ['PACKAGE', 'DATASETS', 'NAMES', 'SCALES', 'paper_tables', 'Experiment
 
 # %% ../nbs/09_experiments.ipynb #ed198a65
 import argparse, json, os, platform, subprocess, sys, time, warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,11 +22,11 @@ from fastprogress.fastprogress import progress_bar
 from fastai.callback.fp16 import MixedPrecision # gives learners to_bf16
 from fastai.callback.mixup import MixUp
 from fastai.metrics import accuracy
-from fastai.torch_core import default_device, set_seed
+from fastai.torch_core import set_seed
 
 import mixfast
 from .data import mix_dls
-from .datasets import ImageData, cifar10, cifar100, digits, fraction, noisy_labels, tinyimagenet
+from .datasets import cifar10, cifar100, fraction, noisy_labels, tinyimagenet
 from .insight import METHODS
 from .learner import mix_learner
 from .phases import MixPlan
@@ -114,6 +115,9 @@ def scaled(
     f = check_scale(scale)['epochs']
     return replace(e, e_ssl=round(e.e_ssl*f), e_sl=round(e.e_sl*f))
 
+@lru_cache(maxsize=2) # runs share their data, and no run has more than two sets
+def _load(name, path): return DATASETS[name](path)
+
 def experiment_dls(
     e:Experiment,
     seed:int, # Of the fraction, the noise and the batches
@@ -123,8 +127,8 @@ def experiment_dls(
     device=None, # Default: fastai's
 ):
     "The loaders of an experiment: the same images for every method. The validation set is the test split."
-    load = load or (lambda name, path: DATASETS[name](path))
-    data,n = load(e.sl_data, path),check_scale(scale)['n']
+    load,n = load or _load,check_scale(scale)['n']
+    data = load(e.sl_data, path)
     (x,y),c = data.train,len(data.vocab)
     i = fraction(y, e.p, seed)
     ys = noisy_labels(y[i], e.noise, c, seed) if e.noise else y[i]
@@ -251,14 +255,13 @@ def estimate(
     device=None, # Default: fastai's
 )->list: # Training seconds of each run on this machine, validation left out
     "How long runs will take, from the time of a few steps"
-    steps,res = {},[]
-    for e,seed in runs:
-        k = e.model, e.sl_data
-        learn = experiment_learner(e, experiment_dls(e, seed, path, scale, load, device), scale, bf16)
+    steps,secs = {},{}
+    for e in dict.fromkeys(e for e,_ in runs): # the seed does not matter
+        k,s = (e.model, e.sl_data),scaled(e, scale)
+        learn = experiment_learner(e, experiment_dls(e, 0, path, scale, load, device), scale, bf16)
         if k not in steps: steps[k] = learn.mix.step_seconds(n=3)
-        s = scaled(e, scale)
-        res.append(learn.mix.predict_seconds(s.rho, s.e_ssl, s.e_sl, steps[k]))
-    return res
+        secs[e] = learn.mix.predict_seconds(s.rho, s.e_ssl, s.e_sl, steps[k])
+    return [secs[e] for e,_ in runs]
 
 def reproduce(
     exps, # `Experiment`s

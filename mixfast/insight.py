@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'embed', 'bank_dl', 'knn_predict', 'KNNAccuracy', 'linear_
            'compare_methods', 'method_table', 'plot_methods']
 
 # %% ../nbs/08_insight.ipynb #0574795a
-import math, time
+import math
 from copy import deepcopy
 from statistics import median
 
@@ -27,9 +27,8 @@ from sklearn.preprocessing import StandardScaler
 
 from .callback import MixRecorder
 from .data import MixDL, phase_dl
-from .model import MixModel
 from .objective import evaluating, features, logits, to_tokens
-from .phases import MixPlan, phase_colors
+from .phases import MixPlan
 
 # %% ../nbs/08_insight.ipynb #7ee975fe
 @torch.no_grad()

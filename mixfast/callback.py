@@ -35,9 +35,10 @@ class MixTrainingCallback(Callback):
         plan:MixPlan, # The phases
         alpha:float=0.5, # Weight of the self-supervised loss in the mix phase, in [0,1]
         alpha_sched:str=None, # None, or 'linear' or 'cosine': `alpha` runs from 1 to 0 over the mix phase
+        carry_opt:bool=False, # Carry the optimizer's state from the SSL phase into the supervised ones
     ):
         check_alpha(alpha, alpha_sched)
-        self.plan,self.alpha,self.alpha_sched = plan,alpha,alpha_sched
+        self.plan,self.alpha,self.alpha_sched,self.carry_opt = plan,alpha,alpha_sched,carry_opt
 
     def before_fit(self):
         self.mm,self.sl_loss,self.ph = self.learn.model,self.learn.loss_func,None
@@ -60,7 +61,7 @@ def enter(self:MixTrainingCallback, ph):
     self.ph,self.mm.phase = ph,ph.name
     self.learn.loss_func = self.sl_loss if ph.sl else self.ssl_only
     for p in self.mm.parameters(): p.grad = None
-    if 0 < ph.start == self.plan.sl_start: self.opt.clear_state()
+    if 0 < ph.start == self.plan.sl_start and not self.carry_opt: self.opt.clear_state()
     self.recorder.smooth_loss.reset()
     for cb in self.awake:
         if isinstance(cb, GradientAccumulation): cb.count = 0 # what it had gathered is dropped above

@@ -115,7 +115,8 @@ def last_layer(
     m = backbone[0] if isinstance(backbone, nn.Sequential) else backbone
     m = getattr(m, 'model', m)
     while True:
-        m = [o for n,o in m.named_children() if o is not head and n!='head' and any(p.ndim>1 for p in o.parameters())][-1]
+        named = [(n,o) for n,o in m.named_children() if o is not head and n!='head']
+        m = [o for _,o in named if any(p.ndim>1 for p in o.parameters())][-1]
         if not isinstance(m, (nn.Sequential, nn.ModuleList)): return m
 
 def cosines(
@@ -150,6 +151,16 @@ def grad_cosines(self:MixRecorder,
         return cosines(m.objective(feats, x), sl, list(last_layer(m.backbone).parameters()), alpha)
 
 # %% ../nbs/08_insight.ipynb #f5597c08
+PAPER_COSINES = dict(ssl_sl=0.018, ssl_mix=0.791, sl_mix=0.598)
+
+def finish(ax, **kwargs):
+    "Label `ax` by what `ax.set` takes, with a legend and a grid"
+    ax.set(**kwargs)
+    ax.legend()
+    ax.grid(alpha=0.3)
+    return ax
+
+# %% ../nbs/08_insight.ipynb #7de981c2
 class GradCosines(Callback):
     "Record the cosines of the gradients at the last layer, every `every` steps of the mix phase"
     order,run_valid = 100,False
@@ -166,14 +177,12 @@ class GradCosines(Callback):
         self.rows.append(dict(epoch=self.epoch+self.iter/self.n_iter, **row))
 
     @property
-    def history(self)->pd.DataFrame: return pd.DataFrame(self.rows, columns=['epoch','ssl_sl','ssl_mix','sl_mix'])
+    def history(self)->pd.DataFrame: return pd.DataFrame(self.rows, columns=['epoch', *PAPER_COSINES])
     def plot(self, figsize=(7,3)):
         "The three cosines over the mix phase, and the paper's as dotted lines"
         ax = self.history.plot('epoch', figsize=figsize, lw=1.5)
-        for i,v in enumerate((0.018,0.791,0.598)): ax.axhline(v, ls=':', lw=1, color=f'C{i}')
-        ax.set(ylabel='cosine', ylim=(min(-0.25, self.history.iloc[:,1:].min().min()), 1))
-        ax.grid(alpha=0.3)
-        return ax
+        for i,v in enumerate(PAPER_COSINES.values()): ax.axhline(v, ls=':', lw=1, color=f'C{i}')
+        return finish(ax, ylabel='cosine', ylim=(min(-0.25, self.history.iloc[:,1:].min().min()), 1))
 
 # %% ../nbs/08_insight.ipynb #d8286186
 def _steps(learn):
@@ -259,10 +268,7 @@ def plot_speedup(self:MixRecorder, e_ssl=100, e_sl=100, steps=None, figsize=(6,3
     if self.rows and len(set(self.history.phase))==3:
         n = self.history.phase.value_counts()
         ax.plot(n.mix/(n.mix+min(n.ssl, n.sl)), self.measured_speedup(), 'o', label='last fit')
-    ax.set(xlabel='rho', ylabel='times faster than SSL, then SL', xlim=(0,1))
-    ax.legend()
-    ax.grid(alpha=0.3)
-    return ax
+    return finish(ax, xlabel='rho', ylabel='times faster than SSL, then SL', xlim=(0,1))
 
 # %% ../nbs/08_insight.ipynb #39b44353
 METHODS = {'SL': dict(e_ssl=0, rho=0), 'SSL+SL': dict(rho=0), 'MixTraining': {}}
@@ -312,7 +318,4 @@ def plot_methods(
     for m,g in runs.groupby('method', sort=False):
         s,a = g.seconds,g[name]*100
         ax.errorbar(s.mean(), a.mean(), xerr=s.std(ddof=0), yerr=a.std(ddof=0), fmt='o', ms=9, capsize=4, label=m)
-    ax.set(xlabel='training seconds', ylabel=f'{name}, %', xlim=(0,None))
-    ax.legend(loc='lower right')
-    ax.grid(alpha=0.3)
-    return ax
+    return finish(ax, xlabel='training seconds', ylabel=f'{name}, %', xlim=(0,None))

@@ -110,6 +110,7 @@ def fit_mixtraining(self:Learner,
     alpha_sched:str=None, # None, or 'linear' or 'cosine': `alpha` runs from 1 to 0 over the mix phase
     recipe=None, # A `Recipe` or the name of one; default: 'vit_t' for token features, 'resnet18' for maps
     sl_sched:str='shared', # 'shared': one warm-up-cosine over mix and SL; 'restart': one for each
+    carry_opt:bool=False, # Carry the optimizer's state from the SSL phase into the supervised ones
     cbs=None, # Callbacks, as in any fit
 ):
     "Train all of the model by MixTraining (Algorithm 1). Raises `ValueError` or `TypeError` on bad input."
@@ -117,7 +118,7 @@ def fit_mixtraining(self:Learner,
     check_data(self.dls, plan)
     check_sl_sched(sl_sched)
     if recipe is not None: get_recipe(recipe)
-    mix = MixTrainingCallback(plan, alpha, alpha_sched)
+    mix = MixTrainingCallback(plan, alpha, alpha_sched, carry_opt)
     self.to_mix()
     check_classifier(self, plan)
     if getattr(self.opt, 'frozen_idx', 0): self.unfreeze()

@@ -8,6 +8,7 @@ import mixfast.experiments as ex
 from mixfast.experiments import (Experiment, add_record, comparisons, estimate, experiment_args, experiment_dls, experiment_learner, experiments,
     missing_runs, paper_tables, read_records, record_id, reproduce, results, run_experiment, scaled, vary, write_report)
 from mixfast.datasets import ImageData, fraction
+from mixfast.learner import recipes
 
 E10 = {e.method:e for e in experiments(1, 'cifar10', 'vit_t', 10).exp}
 
@@ -61,9 +62,31 @@ def test_the_papers_models():
         e = replace(E10['mix'], sl_data=name)
         bb = experiment_learner(e, experiment_dls(e, 0, '', load=fake, device='cpu')).model.backbone
         assert (bb.embed_dim, len(bb.blocks), bb.patch_embed.patch_size, bb.patch_embed.num_patches)==(192, 12, (p,p), 256)
-        assert experiment_args(e)['recipe']==('vit_t' if p==2 else 'vit_t_tinyimagenet')
+        assert experiment_args(e)['recipe']==recipes['vit_t' if p==2 else 'vit_t_tinyimagenet']
     e = replace(E10['mix'], model='resnet18')
     assert len(experiment_learner(e, experiment_dls(e, 0, '', load=fake, device='cpu')).model.backbone.layer4)==2
+
+def test_held_out_images_are_not_trained_on():
+    "Images to choose by come from what the fraction leaves aside, the same for all methods; the test split is not touched"
+    d = ImageData((np.arange(200, dtype=np.uint8).reshape(-1,1,1,1).repeat(8, 1).repeat(8, 2).repeat(3, 3), np.arange(200)%10),
+                  (np.full((20,8,8,3), 255, np.uint8), np.arange(20)%10), [str(i) for i in range(10)])
+    ids = lambda ds: set(ds.x[:,0,0,0].tolist()) if ds.x.ndim==4 else set(ds.x.flatten(1)[:,0].tolist())
+    got = [experiment_dls(e, 5, '', load=lambda *_: d, device='cpu', hold_out=50) for e in E10.values()]
+    assert len({frozenset(ids(o.valid_ds)) for o in got})==1 and len(ids(got[0].valid_ds))==50
+    for o in got: assert not ids(o.valid_ds) & (ids(o.train_ds) | ids(o.ssl.dataset)) and 255 not in ids(o.valid_ds)
+    semi = experiment_dls(next(e for e in experiments(8, methods='mix').exp), 5, '', load=lambda *_: d, device='cpu', hold_out=50)
+    assert not ids(semi.valid_ds) & (ids(semi.train_ds) | ids(semi.ssl.dataset)) and len(semi.ssl.dataset)==50
+    with pytest.raises(ValueError, match='hold_out=50, but p=100 leaves 0'):
+        experiment_dls(replace(E10['sl'], p=100), 5, '', load=lambda *_: d, device='cpu', hold_out=50)
+
+def test_scale_keeps_the_rates():
+    "Batches of 64 at the rates of 256; epochs as the scale says; the paper's experiment otherwise"
+    paper,small = experiment_args(E10['mix']),experiment_args(E10['mix'], 'small')
+    assert paper['recipe']==recipes['vit_t'] and (small['e_ssl'],small['e_sl'],small['rho'])==(20,20,0.5)
+    dls = experiment_dls(replace(E10['mix'], p=100), 0, '', 'small', load=fake, device='cpu')
+    learn = experiment_learner(E10['mix'], dls, 'small', bf16=False)
+    assert small['recipe'].sl.lr*dls.bs/256==paper['recipe'].sl.lr and learn.dls.bs==64
+    assert learn.model.backbone.embed_dim==64 and learn.model.backbone.patch_embed.patch_size==(4,4)
 
 def test_run_and_records(tmp_path):
     args = dict(path='', out=tmp_path, scale='tiny', load=fake, device='cpu', bar=False)
@@ -72,6 +95,7 @@ def test_run_and_records(tmp_path):
     r = new[0]
     assert r['accuracy']==r['accuracies'][-1] and r['accuracies'][0] is None and r['train_seconds']==sum(r['seconds'].values()) <= r['total_seconds']
     assert {'seed','scale','peak_bytes','commit','versions','device','phases','exp','n_train'} <= r.keys() and r['peak_bytes'] > 1e8
+    assert list(r['cosines'])==['epoch','ssl_sl','ssl_mix','sl_mix'] and len(r['cosines']['epoch'])==1 and new[1]['cosines']['epoch']==[]
     again = run_experiment(E10['mix'], 0, '', 'tiny', load=fake, device='cpu')
     assert again['accuracies']==r['accuracies'] # a run is what its settings and its seed say
     assert reproduce([E10['mix']], seeds=2, **args)==[] and len(reproduce([E10['mix']], seeds=3, **args))==1
@@ -111,18 +135,21 @@ def test_killed_and_started_again(tmp_path):
 def test_report(tmp_path):
     "Means and spreads over seeds, wins as the paper counts, the paper's own figures; studies of our own; scales apart"
     recs = [record(E10['ssl_sl'], s, accuracy=a, seconds=20.) for s,a in enumerate((0.50,0.54))]
-    recs += [record(E10['mix'], s, accuracy=a, seconds=15.) for s,a in enumerate((0.56,0.60))]
+    cos = [dict(epoch=[50,51], ssl_sl=[s,0.1], ssl_mix=[0.7,0.7], sl_mix=[0.5,0.5]) for s in (0.1,0.3)]
+    recs += [record(E10['mix'], s, accuracy=a, seconds=15.) | dict(cosines=c) for (s,a),c in zip(enumerate((0.56,0.60)), cos)]
     recs += [record(replace(E10['mix'], rho=r), accuracy=0.4+r/5, seconds=25.) for r in (0.25,1.)] + [record(E10['mix'], scale='small', accuracy=0.1)]
     for r in recs: add_record(tmp_path/'a.jsonl', r)
     res = results(read_records(tmp_path))
     m = res[(res.table==1)&(res.method=='mix')&(res.scale=='paper')].iloc[0]
     assert m.ours==pytest.approx(58) and m['std']==pytest.approx(2) and m.seconds==15 and m.runs==2 and m.accuracy==60.45
+    assert m.ssl_sl==pytest.approx(0.15) and m.ssl_mix==pytest.approx(0.7) # mean over steps, then over seeds
     c = comparisons(res).query("table==1").iloc[0]
     assert c.win and c.gain==pytest.approx(6) and c.speedup==pytest.approx(4/3) and c.paper_gain==pytest.approx(60.45-56.79)
     study = comparisons(res).query("table==0")
     assert study.set_index('rho').win.to_dict()=={0.25:False, 0.5:True, 1.:False}
     text = write_report(tmp_path).read_text()
-    assert '58.00 ± 2.00 (60.45)' in text and 'Beyond the paper' in text and "scale 'small'" in text and 'Accuracy by rho' in text and '1 wins of 1' in text
+    assert '58.00 ± 2.00 (60.45)' in text and 'Beyond the paper' in text and "scale 'small'" in text and 'Accuracy by rho' in text and '1 wins of 1' in text and 'runs: 1 to 2.' in text and '| 0.50 | 0.50 | 0.15 | 0.70 | 0.50 |' in text
+    assert '| cifar10 | 20 | MixTraining' in text and '| cifar10 | 100 | MixTraining' in text # the epochs that were run
     html = (tmp_path/'report.html').read_text()
     assert '58.00 ± 2.00 (60.45)' in html and all((tmp_path/o.split('"')[0]).exists() for o in html.split('src="')[1:])
     with pytest.raises(ValueError, match='no records'): write_report(tmp_path/'none')

@@ -44,12 +44,13 @@ def test_alpha(make, sched):
     mix = [a for e,a in zip(learn.mix.sched['epoch'], learn.mix.sched['alpha']) if 2<=e<4]
     assert mix==pytest.approx(want) and len(seen)==6
 
-def test_optimizer_state_is_fresh_once(make):
-    "Step counts of AdamW: they start over at the first supervised epoch, and are carried from mix into SL"
+@pytest.mark.parametrize('carry_opt,want', [(False, [1,2,3, 1,2,3,4,5,6]), (True, [*range(1,10)])])
+def test_optimizer_state_is_fresh_once(make, carry_opt, want):
+    "Step counts of AdamW: they start over at the first supervised epoch unless told not to, and are carried from mix into SL"
     steps = []
     class Log(Callback):
         run_valid = False
         def after_step(self): steps.append(int(self.opt.opt.state[self.learn.model.backbone.patch_embed.proj.weight]['step']))
     learn = make()
-    learn.fit_mixtraining(2, 2, rho=0.5, cbs=Log())
-    assert steps==[1,2,3, 1,2,3,4,5,6]
+    learn.fit_mixtraining(2, 2, rho=0.5, carry_opt=carry_opt, cbs=Log())
+    assert steps==want

@@ -169,7 +169,7 @@ def device_type(self:MixRecorder): return next(self.learn.model.parameters()).de
 # %% ../nbs/06_callback.ipynb #6e05e3e9
 @patch
 def clock(self:MixRecorder):
-    if self.device_type()=='cuda': torch.cuda.synchronize()
+    if torch.cuda.is_initialized(): torch.cuda.synchronize()
     return time.perf_counter()
 
 @patch

@@ -27,6 +27,7 @@ from sklearn.preprocessing import StandardScaler
 
 from .callback import MixRecorder
 from .data import MixDL, phase_dl
+from .model import MixModel
 from .objective import evaluating, features, logits, to_tokens
 from .phases import MixPlan
 
@@ -38,6 +39,7 @@ def embed(
 )->tuple: # Features float32 [N,D] and class numbers int64 [N], on the device
     "Mean features of the images of `dl`, in evaluation mode"
     m,res = learn.model,[]
+    if not isinstance(m, MixModel): raise TypeError("the model must be a MixModel: call learn.to_mix() first")
     dev = next(m.parameters()).device
     with evaluating(m.backbone):
         for b in dl:
@@ -92,17 +94,19 @@ class KNNAccuracy(Metric):
     @property
     def value(self):
         learn = self.learn
-        if learn is None or (learn.model.phase in ('mix','sl') and not self.every_phase): return math.nan
-        (bank,y),(q,yq) = embed(learn, bank_dl(learn, self.n)),embed(learn, learn.dls.valid)
+        phase = getattr(getattr(learn, 'model', None), 'phase', None)
+        if learn is None or (phase in ('mix','sl') and not self.every_phase): return math.nan
+        (bank,y),(q,yq) = embed(learn, bank_dl(learn, self.n)),embed(learn, learn.dl)
         return (knn_predict(bank, y, q, max(learn.dls.c, 1), self.k, self.t)==yq).float().mean()
 
 # %% ../nbs/08_insight.ipynb #c6983877
 def linear_probe(
-    learn:Learner, # Its model is a `MixModel`
+    learn:Learner, # Trained or not; `to_mix` is called on it
     n:int=10_000, # At most so many labelled training images
     C:float=1.0, # Inverse of the strength of the penalty, as in scikit-learn
 )->float: # Accuracy on the validation images, in [0,1]
-    "Accuracy of a logistic regression on frozen, standardised features"
+    "Accuracy of a logistic regression on frozen, standardised features. Raises `ValueError` if there are no labels."
+    if not len(learn.to_mix().dls.valid): raise ValueError("there are no validation images to probe on")
     (f,y),(fv,yv) = [[o.cpu().numpy() for o in embed(learn, dl)] for dl in (bank_dl(learn, n), learn.dls.valid)]
     return make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000)).fit(f, y).score(fv, yv)
 
@@ -111,13 +115,12 @@ def last_layer(
     backbone:nn.Module, # A timm model, or fastai's `Sequential(body, head)`
 )->nn.Module:
     "The last block of a backbone before pooling and classifier: the last child with matrices, of the last of lists"
-    head = backbone.get_classifier() if hasattr(backbone, 'get_classifier') else None
     m = backbone[0] if isinstance(backbone, nn.Sequential) else backbone
     m = getattr(m, 'model', m)
+    heads = {'head','head_dist','fc','classifier','pre_logits','conv_head'} # timm's `forward_head`
     while True:
-        named = [(n,o) for n,o in m.named_children() if o is not head and n!='head']
-        m = [o for _,o in named if any(p.ndim>1 for p in o.parameters())][-1]
-        if not isinstance(m, (nn.Sequential, nn.ModuleList)): return m
+        m = [o for n,o in m.named_children() if n not in heads and any(p.ndim>1 for p in o.parameters())][-1]
+        if not (isinstance(m, (nn.Sequential, nn.ModuleList)) or hasattr(m, 'blocks')): return m
 
 def cosines(
     ssl_loss, # Scalar with a graph
@@ -125,9 +128,11 @@ def cosines(
     params:list, # Parameters to compare the gradients of
     alpha:float=0.5, # Weight of the SSL loss in the mix
 )->dict: # 'ssl_sl', 'ssl_mix', 'sl_mix': cosines in [-1,1]
-    "Cosines between the gradients of the two losses and of their mix (Eq. 3)"
+    "Cosines between the gradients of the two losses and of their mix (Eq. 3). Raises `ValueError` if there is none."
     def grad(l):
         gs = torch.autograd.grad(l, params, retain_graph=True, allow_unused=True)
+        if all(g is None for g in gs): raise ValueError("a loss does not depend on these parameters: choose a layer of "
+                                                        "the backbone that both heads read")
         return torch.cat([(torch.zeros_like(p) if g is None else g).flatten().float() for g,p in zip(gs, params)])
     a,b = grad(ssl_loss),grad(sl_loss)
     mix = alpha*a + (1-alpha)*b
@@ -142,10 +147,10 @@ def grad_cosines(self:MixRecorder,
 )->dict: # 'ssl_sl', 'ssl_mix', 'sl_mix'
     "Cosines between the gradients at the last layer of the backbone on a batch; nothing is changed"
     learn,m = self.learn,self.learn.model
-    x,*y = phase_dl(learn.dls, 'mix').one_batch() if b is None else b
+    with torch.random.fork_rng(): x,*y = phase_dl(learn.dls, 'mix').one_batch() if b is None else b
     dev = next(m.parameters()).device
     x = x.to(dev).as_subclass(torch.Tensor)
-    with evaluating(m), torch.enable_grad():
+    with torch.random.fork_rng(), evaluating(m), torch.enable_grad():
         feats = m.objective.encode(m.backbone, x)
         sl = learn.loss_func(logits(m.backbone, m.objective.sl_feats(feats)), *[o.to(dev) for o in y])
         return cosines(m.objective(feats, x), sl, list(last_layer(m.backbone).parameters()), alpha)
@@ -162,7 +167,7 @@ def finish(ax, **kwargs):
 
 # %% ../nbs/08_insight.ipynb #7de981c2
 class GradCosines(Callback):
-    "Record the cosines of the gradients at the last layer, every `every` steps of the mix phase"
+    "Record the cosines of the gradients at the last layer, at every `every`-th step of the mix phase"
     order,run_valid = 100,False
     def __init__(self,
         every:int=10, # Steps between two records
@@ -171,7 +176,7 @@ class GradCosines(Callback):
     def before_fit(self): self.rows = []
     def after_loss(self):
         m = getattr(self.learn, 'mix_training', None)
-        if m is None or m.ph.name!='mix' or self.iter%self.every: return
+        if m is None or m.ph.name!='mix' or ((self.epoch-m.ph.start)*self.n_iter+self.iter)%self.every: return
         params = list(last_layer(self.model.backbone).parameters())
         row = cosines(m.ssl_loss, m.losses['sl_loss'], params, m.alpha_now())
         self.rows.append(dict(epoch=self.epoch+self.iter/self.n_iter, **row))
@@ -180,6 +185,7 @@ class GradCosines(Callback):
     def history(self)->pd.DataFrame: return pd.DataFrame(self.rows, columns=['epoch', *PAPER_COSINES])
     def plot(self, figsize=(7,3)):
         "The three cosines over the mix phase, and the paper's as dotted lines"
+        if not self.rows: raise ValueError("nothing was recorded: there was no mix phase")
         ax = self.history.plot('epoch', figsize=figsize, lw=1.5)
         for i,v in enumerate(PAPER_COSINES.values()): ax.axhline(v, ls=':', lw=1, color=f'C{i}')
         return finish(ax, ylabel='cosine', ylim=(min(-0.25, self.history.iloc[:,1:].min().min()), 1))
@@ -187,10 +193,10 @@ class GradCosines(Callback):
 # %% ../nbs/08_insight.ipynb #d8286186
 def _steps(learn):
     "For each phase a function that makes a training step of a copy of the model"
+    if len(phase_dl(learn.dls, 'mix').dataset[0])<2: raise ValueError("the training images have no labels")
     m = deepcopy(learn.model)
     opt = learn.opt_func(learn.splitter(m), lr=0.)
     def step(phase):
-        if len(phase_dl(learn.dls, phase).dataset[0])<2 and phase!='ssl': return None
         x,*y = phase_dl(learn.dls, phase).one_batch()
         m.to(x.device).train()
         def f():
@@ -203,28 +209,31 @@ def _steps(learn):
             opt.step()
             opt.zero_grad()
         return f
-    return {p:f for p in ('ssl','mix','sl') if (f := step(p))}
+    return {p: step(p) for p in ('ssl','mix','sl')}
 
 @patch
 def step_seconds(self:MixRecorder,
     n:int=10, # Steps of each kind, after two that do not count
 )->dict: # Seconds of a training step, by phase: the median
     "Time a step of each phase, in turns; nothing is changed"
-    ts,steps = {},_steps(self.learn)
-    for i in range(n+2):
-        for p,f in steps.items():
-            t = self.clock()
-            f()
-            if i>=2: ts.setdefault(p, []).append(self.clock()-t)
+    ts = {}
+    with torch.random.fork_rng():
+        steps = _steps(self.learn)
+        for i in range(n+2):
+            for p,f in steps.items():
+                t = self.clock()
+                f()
+                if i>=2: ts.setdefault(p, []).append(self.clock()-t)
     return {p: median(o) for p,o in ts.items()}
 
 @patch
 def step_flops(self:MixRecorder)->dict: # Floating-point operations of a training step, by phase
     "Count the operations of a step of each phase, forward and backward, by torch's counter"
     res = {}
-    for p,f in _steps(self.learn).items():
-        with FlopCounterMode(display=False) as c: f()
-        res[p] = c.get_total_flops()
+    with torch.random.fork_rng():
+        for p,f in _steps(self.learn).items():
+            with FlopCounterMode(display=False) as c: f()
+            res[p] = c.get_total_flops()
     return res
 
 # %% ../nbs/08_insight.ipynb #6c7d38bf
@@ -234,7 +243,7 @@ def predict_seconds(self:MixRecorder,
     e_ssl:int=100, # Epochs of SSL, the mixed ones included
     e_sl:int=100, # Epochs of SL, the mixed ones included
     steps:dict=None, # Seconds of a step by phase; default: `step_seconds()`
-)->float: # Training seconds, validation left out
+)->float: # Training seconds, validation and the loading of batches left out
     "Training seconds of a fit, before it is run"
     if steps is None: steps = self.step_seconds()
     return sum(len(p)*len(phase_dl(self.learn.dls, p.name))*steps[p.name] for p in MixPlan(e_ssl, e_sl, rho).phases)
@@ -253,21 +262,28 @@ def predict_speedup(self:MixRecorder,
 @patch
 def measured_speedup(self:MixRecorder)->float:
     "The speed-up of the last fit, if its SSL and SL epochs without mixing would have lasted as long as they did"
+    phases = {r['phase'] for r in self.rows}
+    if phases!={'ssl','mix','sl'}: raise ValueError("there must be epochs of all three phases: 0 < rho < 1")
     h = self.history
     t = h.groupby('phase').train_seconds.mean()
-    if not {'ssl','mix','sl'} <= set(t.index): raise ValueError("there must be epochs of all three phases: 0 < rho < 1")
     return 1 + (h.phase=='mix').sum()*(t.ssl+t.sl-t.mix)/h.train_seconds.sum()
 
 @patch
-def plot_speedup(self:MixRecorder, e_ssl=100, e_sl=100, steps=None, figsize=(6,3)):
+def plot_speedup(self:MixRecorder,
+    e_ssl:int=None, # Epochs of SSL; default: the last fit's, or 100
+    e_sl:int=None, # Epochs of SL, likewise
+    steps:dict=None, # Seconds of a step by phase; default: `step_seconds()`
+    figsize:tuple=(6,3), # In inches
+):
     "The predicted speed-up as a function of rho, and the last fit's, if it had all three phases"
+    n = pd.Series([r['phase'] for r in self.rows], dtype=object).value_counts()
+    if e_ssl is None: e_ssl = n.get('ssl', 0)+n.get('mix', 0) or 100
+    if e_sl is None: e_sl = n.get('sl', 0)+n.get('mix', 0) or 100
     if steps is None: steps = self.step_seconds()
-    rhos = np.linspace(0, 1, 21)
-    fig,ax = plt.subplots(figsize=figsize)
+    rhos,ax = np.linspace(0, 1, 21),plt.subplots(figsize=figsize)[1]
     ax.plot(rhos, [self.predict_speedup(r, e_ssl, e_sl, steps) for r in rhos], label='predicted')
-    if self.rows and len(set(self.history.phase))==3:
-        n = self.history.phase.value_counts()
-        ax.plot(n.mix/(n.mix+min(n.ssl, n.sl)), self.measured_speedup(), 'o', label='last fit')
+    if len(n)==3 and (e_ssl,e_sl)==(n.ssl+n.mix,n.sl+n.mix):
+        ax.plot(n.mix/min(e_ssl, e_sl), self.measured_speedup(), 'o', label='last fit')
     return finish(ax, xlabel='rho', ylabel='times faster than SSL, then SL', xlim=(0,1))
 
 # %% ../nbs/08_insight.ipynb #39b44353
@@ -291,21 +307,30 @@ def compare_methods(
     for seed,method in progress_bar(runs) if bar else runs:
         set_seed(seed, reproducible=True)
         learn = new_learner(seed)
-        if not len(learn.metrics): raise ValueError("new_learner must give a learner with a metric to compare by")
+        names = [m.name for m in learn.metrics if not getattr(m, 'of_features', False)]
+        if not names: raise ValueError("new_learner must give a learner with a metric of predictions to compare by")
+        if not len(learn.dls.valid): raise ValueError("new_learner must give a learner with validation images")
         args = dict(e_ssl=e_ssl, e_sl=e_sl, rho=rho, alpha=alpha, **kwargs) | METHODS[method]
         with learn.no_bar(), learn.no_logging(): learn.fit_mixtraining(**args)
-        name,m = learn.mix.metric_cols()[0],learn.mix
+        name,m = names[0],learn.mix
         rows.append({'method':method, 'seed':seed, name:m.history[name].iloc[-1], 'seconds':sum(m.seconds.values())})
         if save is not None: pd.DataFrame(rows).to_csv(save, index=False)
     return pd.DataFrame(rows)
 
+# %% ../nbs/08_insight.ipynb #e82cf21a
+def _per_cent(runs):
+    "The runs with their metric in per cent, if all of it is in [0,1], and its name"
+    name = runs.columns[2]
+    if not runs[name].between(0, 1).all(): return runs,name
+    return runs.assign(**{f'{name} %': runs[name]*100}),f'{name} %'
+
 def method_table(
     runs:pd.DataFrame, # Of `compare_methods`
 )->pd.DataFrame: # A row a method
-    "The metric in per cent (mean, standard deviation), training seconds, and speed-up over SSL+SL"
-    name,g = runs.columns[2],runs.groupby('method', sort=False)
-    cols = {f'{name} %': g[name].mean()*100, '± std': g[name].std(ddof=0)*100, 'training s': g.seconds.mean()}
-    df = pd.DataFrame(cols)
+    "The metric, in per cent if it is a share (mean, standard deviation), training seconds, and speed-up over SSL+SL"
+    runs,name = _per_cent(runs)
+    g = runs.groupby('method', sort=False)
+    df = pd.DataFrame({name: g[name].mean(), '± std': g[name].std(), 'training s': g.seconds.mean()})
     if 'SSL+SL' in df.index: df['speed-up'] = df.loc['SSL+SL','training s']/df['training s']
     return df.rename_axis(None)
 
@@ -314,8 +339,8 @@ def plot_methods(
     ax=None, # Where to draw
 ):
     "The metric against training seconds, a point a method, bars a standard deviation"
-    ax,name = ax or plt.subplots(figsize=(5,3.5))[1],runs.columns[2]
+    ax,(runs,name) = ax or plt.subplots(figsize=(5,3.5))[1],_per_cent(runs)
     for m,g in runs.groupby('method', sort=False):
-        s,a = g.seconds,g[name]*100
-        ax.errorbar(s.mean(), a.mean(), xerr=s.std(ddof=0), yerr=a.std(ddof=0), fmt='o', ms=9, capsize=4, label=m)
-    return finish(ax, xlabel='training seconds', ylabel=f'{name}, %', xlim=(0,None))
+        s,a = g.seconds,g[name]
+        ax.errorbar(s.mean(), a.mean(), xerr=s.std(), yerr=a.std(), fmt='o', ms=9, capsize=4, label=m)
+    return finish(ax, xlabel='training seconds', ylabel=name, xlim=(0,None))

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 
 import mixfast.experiments as ex
-from mixfast.experiments import (Experiment, add_record, comparisons, estimate, experiment_args, experiment_dls, experiment_learner, experiments,
-    missing_runs, paper_tables, read_records, record_id, reproduce, results, run_experiment, scaled, vary, write_report)
+from mixfast.experiments import (add_record, comparisons, estimate, experiment_args, experiment_dls, experiment_learner, experiments,
+    missing_runs, paper_layout, paper_tables, plot_parameter, read_records, record_id, reproduce, results, run_experiment, vary, write_report)
 from mixfast.datasets import ImageData, fraction
+from mixfast.callback import MixRecorder
 from mixfast.learner import recipes
 
 E10 = {e.method:e for e in experiments(1, 'cifar10', 'vit_t', 10).exp}
@@ -19,8 +20,8 @@ def fake(name, path, n=300, size=None):
     x = rng.integers(0, 256, (n,size,size,3)).astype(np.uint8)
     return ImageData((x, np.arange(n)%10), (x[:20], np.arange(20)%10), [str(i) for i in range(10)])
 
-def record(e, seed=0, scale='paper', accuracy=0.5, seconds=10.):
-    return dict(exp=asdict(e), seed=seed, scale=scale, accuracy=accuracy, train_seconds=seconds, device='d', bf16=True, versions=dict(torch='t'))
+def record(e, seed=0, scale='paper', accuracy=0.5, seconds=10., device='d', bf16=True):
+    return dict(exp=asdict(e), seed=seed, scale=scale, accuracy=accuracy, train_seconds=seconds, device=device, bf16=bf16)
 
 def test_paper_tables_are_those_of_the_paper():
     t = paper_tables()
@@ -96,10 +97,46 @@ def test_run_and_records(tmp_path):
     assert r['accuracy']==r['accuracies'][-1] and r['accuracies'][0] is None and r['train_seconds']==sum(r['seconds'].values()) <= r['total_seconds']
     assert {'seed','scale','peak_bytes','commit','versions','device','phases','exp','n_train'} <= r.keys() and r['peak_bytes'] > 1e8
     assert list(r['cosines'])==['epoch','ssl_sl','ssl_mix','sl_mix'] and len(r['cosines']['epoch'])==1 and new[1]['cosines']['epoch']==[]
+    assert r['settings']['e_ssl']==2 and r['settings']['bs']==64 and r['settings']['vit']['embed_dim']==32 and r['settings']['recipe']['sl']['wd']==0.05
+    assert all(r['seconds'][k] <= v for k,v in r['total_by_phase'].items()) and sum(r['total_by_phase'].values()) <= r['total_seconds']
     again = run_experiment(E10['mix'], 0, '', 'tiny', load=fake, device='cpu')
     assert again['accuracies']==r['accuracies'] # a run is what its settings and its seed say
     assert reproduce([E10['mix']], seeds=2, **args)==[] and len(reproduce([E10['mix']], seeds=3, **args))==1
-    assert len(estimate(missing_runs(E10.values(), 1, tmp_path, 'tiny'), '', 'tiny', load=fake, device='cpu'))==2
+    assert len(missing_runs([E10['mix']], 3, tmp_path, 'tiny', bf16=False))==3 # another precision is another run
+
+def test_estimate(tmp_path, monkeypatch):
+    "Steps of each phase, and validation at a third of an SL step"
+    monkeypatch.setattr(MixRecorder, 'step_seconds', lambda self, n: dict(ssl=3., mix=4., sl=6.))
+    args = dict(path='', scale='tiny', load=lambda n,p: fake(n, p, n=600), device='cpu') # 60 of 600 images: one batch; 20 to validate on
+    assert estimate([(E10['mix'],0), (E10['mix'],1), (E10['sl'],0)], **args)==[3+4+6+3*2]*2+[2*6+2*2]
+    fit = run_experiment(E10['mix'], 0, **args)
+    assert len(fit['phases'])==3 and fit['n_train']==60
+
+def test_the_fraction_is_of_the_whole_data_set(monkeypatch):
+    "A quarter of TinyImageNet on the disk: 10 % are 10 % of all of it, and what it has not got is an error"
+    monkeypatch.setitem(ex.DATASETS, 'tinyimagenet', lambda path: fake('tinyimagenet', path, n=100, size=8))
+    monkeypatch.setitem(ex.DATASETS, 'cifar10', lambda path: fake('cifar10', path, n=100, size=8))
+    monkeypatch.setattr(ex, 'N_TRAIN', dict(tinyimagenet=400, cifar10=100))
+    ex._load.cache_clear()
+    e = replace(E10['mix'], sl_data='tinyimagenet', ssl_data='tinyimagenet')
+    assert len(experiment_dls(e, 0, 'a', device='cpu').train_ds)==40 and len(experiment_dls(replace(e, p=25), 0, 'a', device='cpu').train_ds)==100
+    with pytest.raises(ValueError, match='p=50 of tinyimagenet is 200 training images, but there are 100'): experiment_dls(replace(e, p=50), 0, 'a', device='cpu')
+    with pytest.raises(ValueError, match='p=100 of tinyimagenet'): experiment_dls(replace(E10['mix'], ssl_data='tinyimagenet'), 0, 'a', device='cpu')
+    ex._load.cache_clear()
+
+def test_missing_data_is_noticed_before_the_first_run(tmp_path):
+    def load(name, path):
+        if name=='cifar100': raise FileNotFoundError('no cifar100')
+        return fake(name, path)
+    exps = [E10['sl'], replace(E10['sl'], sl_data='cifar100')]
+    with pytest.raises(FileNotFoundError): reproduce(exps, '', tmp_path, 1, 'tiny', load=load, device='cpu', bar=False)
+    assert read_records(tmp_path)==[]
+
+def test_vary():
+    "A mix-ratio of 0 is SSL+SL, once; a schedule has no constant alpha"
+    assert vary(E10.values(), rho=[0,0.5])==list(E10.values())
+    sched = replace(E10['mix'], alpha_sched='linear')
+    assert vary([sched], alpha=[0.1,0.9])==[sched] and [e.alpha for e in vary([E10['mix']], alpha=[0.1,0.9])]==[0.1,0.9]
 
 @pytest.mark.parametrize('cut', [1, 30, 200])
 def test_a_half_written_line(tmp_path, cut):
@@ -138,28 +175,54 @@ def test_report(tmp_path):
     cos = [dict(epoch=[50,51], ssl_sl=[s,0.1], ssl_mix=[0.7,0.7], sl_mix=[0.5,0.5]) for s in (0.1,0.3)]
     recs += [record(E10['mix'], s, accuracy=a, seconds=15.) | dict(cosines=c) for (s,a),c in zip(enumerate((0.56,0.60)), cos)]
     recs += [record(replace(E10['mix'], rho=r), accuracy=0.4+r/5, seconds=25.) for r in (0.25,1.)] + [record(E10['mix'], scale='small', accuracy=0.1)]
+    recs += [recs[0]] # written twice: counts once
     for r in recs: add_record(tmp_path/'a.jsonl', r)
     res = results(read_records(tmp_path))
     m = res[(res.table==1)&(res.method=='mix')&(res.scale=='paper')].iloc[0]
-    assert m.ours==pytest.approx(58) and m['std']==pytest.approx(2) and m.seconds==15 and m.runs==2 and m.accuracy==60.45
+    assert m.ours==pytest.approx(58) and m['std']==pytest.approx(8**0.5) and m.seconds==15 and m.runs==2 and m.accuracy==60.45
     assert m.ssl_sl==pytest.approx(0.15) and m.ssl_mix==pytest.approx(0.7) # mean over steps, then over seeds
     c = comparisons(res).query("table==1").iloc[0]
     assert c.win and c.gain==pytest.approx(6) and c.speedup==pytest.approx(4/3) and c.paper_gain==pytest.approx(60.45-56.79)
     study = comparisons(res).query("table==0")
-    assert study.set_index('rho').win.to_dict()=={0.25:False, 0.5:True, 1.:False}
+    assert dict(zip(study.method.str.split('rho ').str[1], study.win))=={'0.25':False, '0.5':True, '1':False}
     text = write_report(tmp_path).read_text()
-    assert '58.00 ± 2.00 (60.45)' in text and 'Beyond the paper' in text and "scale 'small'" in text and 'Accuracy by rho' in text and '1 wins of 1' in text and 'runs: 1 to 2.' in text and '| 0.50 | 0.50 | 0.15 | 0.70 | 0.50 |' in text
+    assert '58.00 ± 2.83 (60.45)' in text and '| 10.00 (60.45) |' in text # one run has no spread
+    assert "scale small" in text and 'in 1 of 1; the paper\'s in 1 of 1' in text and 'runs: 1 to 2.' in text and '| 0.150 | 0.700 | 0.500 |' in text
     assert '| cifar10 | 20 | MixTraining' in text and '| cifar10 | 100 | MixTraining' in text # the epochs that were run
+    t = text[text.index('## Table 1'):]
+    assert t.index('| SSL+SL |') < t.index('| MixTraining') and '15.0 (' in text and 'nan' not in text
     html = (tmp_path/'report.html').read_text()
-    assert '58.00 ± 2.00 (60.45)' in html and all((tmp_path/o.split('"')[0]).exists() for o in html.split('src="')[1:])
+    assert '58.00 ± 2.83 (60.45)' in html and all((tmp_path/o.split('"')[0]).exists() for o in html.split('src="')[1:])
     with pytest.raises(ValueError, match='no records'): write_report(tmp_path/'none')
+    with pytest.raises(ValueError, match='no records of table 8'): write_report(tmp_path, table=8)
+
+def test_what_is_not_alike_is_not_compared():
+    "Devices, precisions, label noise, other SSL data: neither averaged nor set against one another"
+    noisy = {e.method:e for e in experiments(9, p=10).exp}
+    cross = [e for e in experiments(3, 'cifar10').exp if e.method!='sl']
+    recs = [record(e, accuracy=a) for e,a in ((E10['ssl_sl'],0.5), (E10['mix'],0.6), (noisy['ssl_sl'],0.2), (noisy['mix'],0.1))]
+    recs += [record(replace(e, rho=0.25), accuracy=a) for e,a in ((E10['mix'],0.4), (noisy['mix'],0.3), (cross[1],0.7))] + [record(cross[0], accuracy=0.8)]
+    recs += [record(E10['mix'], 1, accuracy=0.9, device='other', seconds=1.), record(E10['mix'], accuracy=0.9, bf16=False)]
+    res = results(recs)
+    assert len(res[(res.table==1)&(res.method=='mix')])==3 and (res.runs==1).all() # three machines
+    c = comparisons(res[res.table==0])
+    gains = {(d,m.split(', ',1)[1]): g for d,m,g in zip(c.data, c.method, c.gain)}
+    want = {('cifar10','alpha 0.5, rho 0.25'):-10, ('cifar10','alpha 0.5, rho 0.5'):10, ('cifar10','alpha 0.5, rho 0.25, label noise 0.2'):10,
+            ('cifar10','alpha 0.5, rho 0.5, label noise 0.2'):-10, ('tinyimagenet → cifar10','alpha 0.5, rho 0.25'):-10}
+    assert gains==pytest.approx(want) and set(c.machine)=={'d, bfloat16'}
+    g = res[(res.table==0)&(res.machine=='d, bfloat16')]
+    lines = [o for o in plot_parameter(g, 'rho').get_legend().get_texts()]
+    assert sorted(o.get_text() for o in lines)==['cifar10 10 %', 'cifar10 10 %, label noise 0.2', 'tinyimagenet → cifar10 100 %']
+    assert len(paper_layout(g))==len(set(g.exp.map(lambda e: (e.ssl_data, e.noise, e.method, e.rho)))) # no row swallows another
 
 def test_commands(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(ex.DATASETS, 'cifar10', lambda path: fake('cifar10', path))
+    monkeypatch.setitem(ex.N_TRAIN, 'cifar10', 300)
+    ex._load.cache_clear()
     args = '--table 1 --dataset cifar10 --model vit_t --p 10 --scale tiny --seeds 1 --out'.split()+[str(tmp_path)]
     ex.main(args+['--dry-run'])
     out = capsys.readouterr().out
-    assert '3 runs, 0.0 hours' in out and out.count('Experiment(')==3 and not list(tmp_path.iterdir())
+    assert '3 runs at scale tiny, 0.0 hours' in out and out.count('cifar10 10 %, vit_t')==3 and '2 + 2 epochs' in out and not list(tmp_path.iterdir())
     ex.main(args+['--methods','mix','--rho','0.5','1'])
     assert sorted(r['exp']['rho'] for r in read_records(tmp_path))==[0.5,1.]
     ex.report_main([str(tmp_path)])
@@ -168,4 +231,5 @@ def test_commands(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit, match=f'mixfast-reproduce: .*{msg}'): ex.main(bad)
     with pytest.raises(SystemExit, match='mixfast-report: .*no records'): ex.report_main([str(tmp_path/'none')])
     monkeypatch.undo()
+    ex._load.cache_clear()
     with pytest.raises(SystemExit, match='no CIFAR10 in'): ex.main(['--table','1','--dataset','cifar10','--path',str(tmp_path),'--dry-run'])

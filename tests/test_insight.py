@@ -43,6 +43,8 @@ def test_knn_metric_in_a_fit(make):
     ref = embed(learn, bank_dl(learn)),embed(learn, learn.dls.valid)
     assert learn.mix.history.knn_accuracy.iloc[-1]==(knn_predict(*ref[0], ref[1][0], 3, k=3)==ref[1][1]).float().mean().item()
     assert learn.validate()[1]==h[2].knn_accuracy.iloc[-1]
+    dl = learn.dls.valid.new(learn.dls.train_ds)
+    assert learn.validate(dl=dl)[1]==(knn_predict(*embed(learn, bank_dl(learn)), embed(learn, dl)[0], 3, k=3)==embed(learn, dl)[1]).float().mean()
 
 def test_bank(make):
     "Not augmented, drawn from all classes, or an error"
@@ -52,12 +54,15 @@ def test_bank(make):
     f,yb = embed(learn, bank_dl(learn))
     assert sorted(yb.tolist())==sorted(y.tolist()) and f.std(0).sum() > 0
     assert len(embed(learn, bank_dl(learn, 12))[1])==12 and len(set(embed(learn, bank_dl(learn, 12))[1].tolist()))==3
+    with pytest.raises(ValueError, match='no validation images'): linear_probe(make(dls=mix_dls((x,y), bs=8)))
     with pytest.raises(ValueError, match='the training images have no labels'): bank_dl(make(dls=mix_dls(ssl=x, bs=8), metrics=[]))
 
 def test_insight_on_a_vision_learner():
     "A learner of files, fastai's own model"
     dls = DataBlock(blocks=(ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=GrandparentSplitter('train','test')).dataloaders(SAMPLES/'cifar10', bs=10, num_workers=0)
     learn = vision_learner(dls, resnet18, pretrained=False, metrics=[accuracy, KNNAccuracy(k=5)])
+    with pytest.raises(TypeError, match='call learn.to_mix'): embed(learn, learn.dls.valid)
+    assert 0 <= linear_probe(learn) <= 1 # before any training
     cos = GradCosines(every=1)
     with learn.no_bar(), learn.no_logging(): learn.fit_mixtraining(2, 2, rho=0.5, cbs=cos)
     assert 0 <= learn.mix.history.knn_accuracy[0] <= 1 and len(cos.history)==3 and 0 <= linear_probe(learn) <= 1
@@ -86,15 +91,33 @@ def test_cosines_against_separate_backwards(make):
 def test_looking_changes_nothing(make):
     "A fit with cosines recorded gives the weights of one without; timing, counting and cosines leave the learner alone"
     ws = []
-    for cbs in ([], [GradCosines(every=1)]):
+    for cbs in ([], [GradCosines(every=2)], [GradCosines(every=1)]):
         learn = make()
         learn.fit_mixtraining(2, 3, rho=0.5, recipe=HOT, cbs=cbs)
         ws.append(state(learn.model))
-    assert same(*ws) and cbs[0].history.epoch.tolist()==[1, 1+1/3, 1+2/3]
-    before,opt = state(learn.model),learn.opt
+    assert same(*ws[:2]) and same(*ws[1:]) and cbs[0].history.epoch.tolist()==[1, 1+1/3, 1+2/3]
+    before,opt,rng = state(learn.model),learn.opt,torch.get_rng_state()
     learn.model.zero_grad()
     learn.mix.step_seconds(n=1); learn.mix.step_flops(); learn.mix.grad_cosines(); learn.mix.predict_speedup(0.5, 4, 4)
+    assert torch.equal(torch.get_rng_state(), rng)
     assert same(before, state(learn.model)) and learn.opt is opt and learn.model.phase is None and all(p.grad is None for p in learn.model.parameters())
+
+def test_cosines_every(make):
+    "Counted in steps of the mix phase, from its first, over its epochs"
+    learn,cos = make(),GradCosines(every=4) # three steps an epoch
+    learn.fit_mixtraining(4, 3, rho=1, cbs=cos)
+    assert cos.history.epoch.tolist()==[1, 2+1/3, 3+2/3]
+    learn.fit_sl(1, cbs=cos)
+    with pytest.raises(ValueError, match='no mix phase'): cos.plot()
+
+@pytest.mark.parametrize('arch,size', [('mobilenetv3_small_050',64), ('deit_tiny_distilled_patch16_224',224), ('convnext_atto',64), ('swin_tiny_patch4_window7_224',224), ('vgg11',64)])
+def test_last_layer_is_read_by_both_heads(arch, size):
+    "Gradients of what `features` gives reach it; it is a block, not a stage"
+    m = timm.create_model(arch, num_classes=3, **(dict(depth=2) if 'deit' in arch else {}))
+    layer = last_layer(m)
+    f = m.forward_features(torch.randn(2, 3, size, size))
+    cos = cosines(f.square().mean(), F.cross_entropy(m.train(False).forward_head(f), torch.tensor([0,1])), list(layer.parameters()))
+    assert 0 < abs(cos['ssl_sl']) < 1 and sum(p.numel() for p in layer.parameters()) < 0.6*sum(p.numel() for p in m.parameters())
 
 def test_speedup(make):
     "The seconds are steps times their number; one and two data sets; the end points"
@@ -104,10 +127,14 @@ def test_speedup(make):
     assert one.predict_speedup(0, 4, 4, t)==1 and one.predict_speedup(1, 4, 4, t)==5/4
     with pytest.raises(ValueError, match=r'rho must lie in \[0,1\]'): one.predict_speedup(2, steps=t)
     learn = one.learn
-    learn.fit_mixtraining(2, 2, rho=0.5)
-    h = learn.mix.history.groupby('phase').train_seconds.sum()
-    assert math.isclose(learn.mix.measured_speedup(), 2*(h.ssl+h.sl)/h.sum())
-    learn.mix.plot_speedup(4, 4, t)
+    with pytest.raises(ValueError, match='all three phases'): one.measured_speedup() # no fit yet
+    learn.fit_mixtraining(3, 4, rho=0.7)
+    h = learn.mix.history.groupby('phase').train_seconds.mean() # 1 epoch of SSL, 2 of mix, 2 of SL
+    assert math.isclose(one.measured_speedup(), (3*h.ssl+4*h.sl)/(h.ssl+2*h.mix+2*h.sl))
+    last = lambda ax: [o for o in ax.lines if o.get_label()=='last fit']
+    dot = last(one.plot_speedup(steps=t))[0]
+    assert (dot.get_xdata()[0],dot.get_ydata()[0])==(2/3, one.measured_speedup()) and not last(one.plot_speedup(4, 4, t)) # of other epochs
+    with pytest.raises(ValueError, match='no labels'): make(dls=mix_dls(ssl=images(24)[0], bs=8), metrics=[]).mix.predict_speedup()
     learn.fit_sl(1)
     with pytest.raises(ValueError, match='all three phases'): learn.mix.measured_speedup()
 
@@ -129,4 +156,10 @@ def test_compare_methods(make, tmp_path):
     assert runs.columns.tolist()==['method','seed','accuracy','seconds'] and len(runs)==7 and runs.seed.tolist()==[0]*3+[1]*3+[2]
     assert same(starts[0], starts[1]) and same(starts[0], starts[2]) and not same(starts[0], starts[3])
     assert method_table(runs).index.tolist()==['SL','SSL+SL','MixTraining']
+    knn_first = compare_methods(lambda s: make(metrics=[KNNAccuracy(k=3), accuracy]), 1, 1, seeds=1, bar=False)
+    assert knn_first.columns[2]=='accuracy' and knn_first.accuracy.notna().all()
+    high = knn_first.assign(accuracy=[1.5,2,3]).rename(columns=dict(accuracy='perplexity'))
+    assert method_table(high).perplexity.tolist()==[1.5,2,3] and method_table(knn_first)['accuracy %'].max() <= 100
+    with pytest.raises(ValueError, match='validation images'):
+        compare_methods(lambda s: make(dls=mix_dls(images(24), bs=8)), 1, 1, bar=False)
     with pytest.raises(ValueError, match='a learner with a metric'): compare_methods(lambda s: make(metrics=[]), 1, 1, bar=False)

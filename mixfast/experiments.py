@@ -7,7 +7,7 @@ Docs: https://mixfast.github.io/mixfast/experiments.html.md"""
 # %% auto #0
 __all__ = ['PACKAGE', 'DATASETS', 'N_TRAIN', 'NAMES', 'SCALES', 'COSINES', 'paper_tables', 'Experiment', 'experiments',
            'data_name', 'method_name', 'describe', 'vary', 'check_scale', 'scaled', 'experiment_dls',
-           'experiment_learner', 'experiment_args', 'add_record', 'read_records', 'run_id', 'record_id', 'run_settings',
+           'experiment_learner', 'experiment_args', 'add_record', 'read_records', 'run_id', 'record_id',
            'run_experiment', 'missing_runs', 'estimate', 'reproduce', 'results', 'comparisons', 'paper_layout',
            'plot_latency', 'plot_parameter', 'write_report']
 
@@ -267,12 +267,8 @@ def _device(dev):
     return f"{platform.machine()} CPU, {n} thread{'s'*(n>1)}"
 
 # %% ../nbs/09_experiments.ipynb #284b1caf
-def run_settings(
-    e:Experiment, # With the paper's epochs
-    scale:str, # A key of `SCALES`
-)->dict: # What can be written as JSON
-    "What was really run, all of it: epochs, batch, model, rates"
-    args = experiment_args(e, scale)
+def _settings(args, scale):
+    "What is really run, as JSON can say it: epochs, rates, batch, model"
     keep = {k:args[k] for k in ('e_ssl','e_sl','rho','alpha','alpha_sched')}
     return dict(**keep, recipe=asdict(args['recipe']), lam=0.5, **{k:v for k,v in SCALES[scale].items() if k!='epochs'})
 
@@ -285,14 +281,18 @@ def run_experiment(
     load=None, # As in `experiment_dls`
     device=None, # Default: fastai's
     cbs=None, # More callbacks
+    hold_out:int=0, # As in `experiment_dls`; what follows is to try something else than the experiment says
+    dls:dict=None, # For `mix_dls`
+    learn:dict=None, # For `mix_learner`
+    fit:dict=None, # For `fit_mixtraining`
 )->dict: # The record
     "Train, and say all there is to say about it. The accuracy is the last epoch's on the test split."
     set_seed(seed)
-    dls = experiment_dls(e, seed, path, scale, load, device)
-    dev,args,cos = torch.device(dls.device),experiment_args(e, scale),GradCosines(every=50)
+    dls = experiment_dls(e, seed, path, scale, load, device, hold_out, **(dls or {}))
+    dev,args,cos = torch.device(dls.device),experiment_args(e, scale) | (fit or {}),GradCosines(every=50)
     _reset_peak(dev)
-    learn,t = experiment_learner(e, dls, scale, bf16),time.perf_counter()
-    args['cbs'] += [cos, *(cbs or [])]
+    learn,t = experiment_learner(e, dls, scale, bf16, **(learn or {})),time.perf_counter()
+    args['cbs'] = [*args['cbs'], cos, *(cbs or [])]
     with learn.no_bar(), learn.no_logging(): learn.fit_mixtraining(**args)
     total,h,secs = time.perf_counter()-t,learn.mix.history,learn.mix.seconds
     accs = [None if np.isnan(a) else round(float(a), 5) for a in h.accuracy]
@@ -300,7 +300,7 @@ def run_experiment(
                 phases=h.phase.tolist(), cosines=cos.history.round(4).to_dict('list'), n_train=len(dls.train_ds),
                 seconds=secs, train_seconds=sum(secs.values()), total_seconds=total,
                 total_by_phase={p: h.seconds[h.phase==p].sum() for p in secs}, peak_bytes=_peak(dev),
-                settings=run_settings(e, scale), device=_device(dev), commit=_commit(), date=time.strftime('%Y-%m-%d'),
+                settings=_settings(args, scale), device=_device(dev), commit=_commit(), date=time.strftime('%Y-%m-%d'),
                 versions={k: version(k) for k in ('mixfast','torch','timm','fastai')})
 
 # %% ../nbs/09_experiments.ipynb #7857fa79
@@ -347,7 +347,7 @@ def _runs_bar(runs, scale):
     pb,done = progress_bar(range(sum(epochs(e)*e.p for e,_ in runs))),0
     pb.update(0)
     def begin(e, seed):
-        pb.comment = f'scale {scale}: {describe(e)}, seed {seed}'
+        pb.comment = f'scale {scale}: {describe(scaled(e, scale))}, seed {seed}'
         pb.update_bar(done)
         def tick():
             nonlocal done

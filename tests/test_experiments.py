@@ -3,6 +3,7 @@ import json, signal, subprocess, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
+from fastai.callback.core import Callback
 
 import mixfast.experiments as ex
 from mixfast.experiments import (add_record, comparisons, estimate, experiment_args, experiment_dls, experiment_learner, experiments,
@@ -103,6 +104,15 @@ def test_run_and_records(tmp_path):
     assert again['accuracies']==r['accuracies'] # a run is what its settings and its seed say
     assert reproduce([E10['mix']], seeds=2, **args)==[] and len(reproduce([E10['mix']], seeds=3, **args))==1
     assert len(missing_runs([E10['mix']], 3, tmp_path, 'tiny', bf16=False))==3 # another precision is another run
+
+def test_something_else_than_the_experiment_says():
+    "To compare choices: other loaders, model and fit, on images held out; the record says what was run"
+    seen = []
+    class Look(Callback):
+        def before_fit(self): seen.append((len(self.dls.valid_ds), self.dls.bs, self.learn.model.backbone.global_pool))
+    change = dict(hold_out=30, dls=dict(bs=8), learn=dict(global_pool='avg', class_token=False), fit=dict(rho=1.))
+    r = run_experiment(E10['mix'], 0, '', 'tiny', load=fake, device='cpu', cbs=[Look()], **change)
+    assert seen==[(30,8,'avg')] and set(r['phases'])=={'mix'} and r['settings']['rho']==1 and r['exp']==asdict(E10['mix'])
 
 def test_estimate(tmp_path, monkeypatch):
     "Steps of each phase, and validation at a third of an SL step"

@@ -3,7 +3,6 @@ from dataclasses import replace
 
 import numpy as np, pandas as pd, pytest, timm, torch, torchvision
 from PIL import Image
-from torch import nn
 
 from conftest import HOT, images, same, state
 from mixfast.all import (CSVLogger, Callback, CancelBatchException, CancelEpochException, CancelFitException,

@@ -1,7 +1,7 @@
 "kNN, gradient cosines, timing and the comparison: against slow, independent versions, and what they must leave alone"
 import math
 import numpy as np, pandas as pd, pytest, timm, torch, torch.nn.functional as F
-from fastai.vision.all import CategoryBlock, DataBlock, GrandparentSplitter, ImageBlock, Learner, accuracy, get_image_files, parent_label, resnet18, vision_learner
+from fastai.vision.all import CategoryBlock, DataBlock, GrandparentSplitter, ImageBlock, accuracy, get_image_files, parent_label, resnet18, vision_learner
 from sklearn.neighbors import KNeighborsClassifier
 
 from mixfast.all import GradCosines, KNNAccuracy, compare_methods, knn_predict, linear_probe, method_table, mix_dls

@@ -1,6 +1,6 @@
 """fit_mixtraining against an independent Algorithm 1: the same weights from the same start on the same batches."""
 import copy
-import numpy as np, pytest, torch, timm
+import pytest, timm
 
 import mixfast.objective
 from conftest import HOT, TINY, images

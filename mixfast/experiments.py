@@ -188,7 +188,7 @@ def experiment_learner(
     s,size = check_scale(scale),dls.train_ds.shape[0]
     arch,args = s['cnn'],{}
     if e.model=='vit_t': arch,args = 'vit_tiny_patch16_224',dict(patch_size=s['patch']*size//32, **s['vit'])
-    learn = mix_learner(dls, arch, metrics=accuracy, **args, **kwargs)
+    learn = mix_learner(dls, arch, metrics=accuracy, **(args | kwargs))
     return learn.to_bf16() if bf16 else learn
 
 def experiment_args(

@@ -154,7 +154,7 @@ def random_mask(
 
 # %% ../nbs/02_objective.ipynb #7bf16faa
 class TokenDecoder(nn.Module):
-    "From features [B,N,D] with some masked to pixels [B,N,n_out]"
+    "From features [B,prefix+N,D] with some of the N masked to pixels [B,N,n_out]"
     def __init__(self, lay:Layout, n_out:int, dim:int, depth:int, heads:int):
         super().__init__()
         self.embed = nn.Linear(lay.dim, dim)
@@ -165,8 +165,9 @@ class TokenDecoder(nn.Module):
         self.apply(init_weights_vit_timm)
 
     def forward(self, t, mask):
-        t = torch.where(mask[...,None], self.mask_token, self.embed(t))
-        return self.pred(self.norm(self.blocks(t+self.pos)))
+        t,n = self.embed(t),mask.shape[1]
+        places = torch.where(mask[...,None], self.mask_token, t[:,-n:]) + self.pos
+        return self.pred(self.norm(self.blocks(torch.cat([t[:,:-n], places], 1))[:,-n:]))
 
 # %% ../nbs/02_objective.ipynb #0992624b
 class MAE(Objective):
@@ -209,8 +210,8 @@ def forward(self:MAE, feats, x):
 @patch
 def predict(self:MAE, feats)->tuple:
     "A random mask, bool [B,N], and the pixels predicted, float32 [B,N,pixels*C]"
-    t = to_tokens(feats, self.lay)
-    mask = random_mask(*t.shape[:2], self.n_mask, t.device)
+    t = feats if self.lay.kind=='tokens' else to_tokens(feats, self.lay)
+    mask = random_mask(len(t), math.prod(self.lay.grid), self.n_mask, t.device)
     return mask, self.decoder(t, mask).float()
 
 @patch

@@ -18,9 +18,11 @@ class RefMAE(nn.Module):
         self.register_buffer('pos', pos)
 
     def loss(self, feats, x, mask):
-        z = self.embed(feats[:,1:]) # without the class token
+        z = self.embed(feats)
+        cls,z = z[:,:1],z[:,1:]
         for i in range(len(z)): z = z.clone(); z[i,mask[i]] = self.mask_token
-        out,total,n = self.pred(self.norm(self.blocks(z+self.pos))),0.,0
+        z = self.norm(self.blocks(torch.cat([cls, z+self.pos], dim=1)))
+        out,total,n = self.pred(z)[:,1:],0.,0
         p = self.patch
         for i in range(len(x)):
             for k in torch.nonzero(mask[i]).flatten().tolist():

@@ -115,12 +115,15 @@ def test_something_else_than_the_experiment_says():
     assert seen==[(30,8,'avg')] and set(r['phases'])=={'mix'} and r['settings']['rho']==1 and r['exp']==asdict(E10['mix'])
 
 def test_estimate(tmp_path, monkeypatch):
-    "Steps of each phase, and validation at a third of an SL step"
+    "Steps of each phase, and validation of the supervised epochs at a third of an SL step"
     monkeypatch.setattr(MixRecorder, 'step_seconds', lambda self, n: dict(ssl=3., mix=4., sl=6.))
     args = dict(path='', scale='tiny', load=lambda n,p: fake(n, p, n=600), device='cpu') # 60 of 600 images: one batch; 20 to validate on
-    assert estimate([(E10['mix'],0), (E10['mix'],1), (E10['sl'],0)], **args)==[3+4+6+3*2]*2+[2*6+2*2]
-    fit = run_experiment(E10['mix'], 0, **args)
-    assert len(fit['phases'])==3 and fit['n_train']==60
+    assert estimate([(E10['mix'],0), (E10['mix'],1), (E10['sl'],0)], **args)==[3+4+6+2*2]*2+[2*6+2*2]
+    class Log(Callback):
+        def after_batch(self):
+            if not self.training: assert self.mix_training.ph.sl
+    fit = run_experiment(E10['mix'], 0, cbs=[Log()], **args)
+    assert fit['phases']==['ssl','mix','sl'] and fit['n_train']==60 and [a is None for a in fit['accuracies']]==[True,False,False]
 
 def test_the_fraction_is_of_the_whole_data_set(monkeypatch):
     "A quarter of TinyImageNet on the disk: 10 % are 10 % of all of it, and what it has not got is an error"

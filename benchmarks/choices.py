@@ -10,7 +10,14 @@ from fastprogress.fastprogress import progress_bar
 from mixfast.augment import BatchFlip, BatchResizedCrop, paper_tfms
 from mixfast.experiments import add_record, check_scale, experiment_args, experiments, run_experiment
 from mixfast.learner import Recipe
-from mixfast.objective import MAE, patchify
+from mixfast.objective import MAE, patchify, random_mask, to_tokens
+
+class PlacesMAE(MAE):
+    "The decoder reads the patches alone, not the class token"
+    def predict(self, feats):
+        t = to_tokens(feats, self.lay)
+        mask = random_mask(*t.shape[:2], self.n_mask, t.device)
+        return mask, self.decoder(t, mask).float()
 
 class PatchNormMAE(MAE):
     "Targets normalised patch by patch, as in the original MAE"
@@ -28,6 +35,7 @@ def long_warmup(args):
 sl_tfms = paper_tfms['cifar'][0]
 choices = { # what differs from the default: in the arguments of `mix_dls`, of `mix_learner`, of the fit
     'default': {},
+    'decoder without the class token': dict(learn=dict(objective=PlacesMAE)),
     'a schedule each for mix and SL': dict(fit=dict(sl_sched='restart')),
     'optimizer state carried over the boundary': dict(fit=dict(carry_opt=True)),
     'SSL warm-up not shortened': dict(fit=long_warmup),
@@ -35,8 +43,9 @@ choices = { # what differs from the default: in the arguments of `mix_dls`, of `
     'resized crops in the SSL phase': dict(dls=dict(tfms=sl_tfms, ssl_tfms=[BatchResizedCrop((0.2,1)), BatchFlip()])),
     'mean of the tokens, no class token': dict(learn=dict(global_pool='avg', class_token=False)),
     'targets normalised by patch': dict(learn=dict(objective=PatchNormMAE))}
-base = {k:choices[k] for k in ('default', 'mean of the tokens, no class token')}
-methods = dict(mix=choices, ssl_sl=base, sl=base)
+def some(*names): return {k:choices[k] for k in ('default',)+names}
+pooled = 'mean of the tokens, no class token'
+methods = dict(mix=choices, ssl_sl=some('decoder without the class token', pooled), sl=some(pooled))
 
 def records(f):
     "The runs of a file, whole lines only"

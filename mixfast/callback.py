@@ -18,8 +18,9 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
+from fastai.learner import AvgSmoothLoss
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import find_bs
+from fastai.torch_core import find_bs, to_detach
 
 from .data import phase_dl
 from .model import MixModel, MixOutput, no_decay
@@ -142,13 +143,17 @@ def before_fit(self:MixRecorder):
     if not self.active: return
     self.rows,self.sched = [],dict(epoch=[], lr=[], alpha=[])
     rec = self.recorder
-    self.flags = rec.add_time,rec.train_metrics
+    self.flags,self.on_cpu = {k:getattr(rec, k) for k in ('add_time','train_metrics','smooth_loss')},0
+    rec.smooth_loss = SmoothLoss(rec.smooth_loss.beta)
+    if hasattr(self.learn, 'progress'): self.progress.after_batch = self.show_progress
     rec.metric_names = [o for o in rec.metric_names if o!='time'] + ['ssl_loss','sl_loss','seconds','phase']
     rec.add_time = False
 
 @patch
 def after_fit(self:MixRecorder):
-    if self.active and hasattr(self, 'flags'): self.recorder.add_time,self.recorder.train_metrics = self.flags
+    if not (self.active and hasattr(self, 'flags')): return
+    for k,v in self.flags.items(): setattr(self.recorder, k, v)
+    if hasattr(self.learn, 'progress'): vars(self.progress).pop('after_batch', None)
 
 @patch
 def fix_autocast(self:MixRecorder):
@@ -166,6 +171,26 @@ def autocast(self:MixRecorder, dev):
 @patch
 def device_type(self:MixRecorder): return next(self.learn.model.parameters()).device.type
 
+# %% ../nbs/06_callback.ipynb #42757bbf
+class SmoothLoss(AvgSmoothLoss):
+    "fastai's smoothed loss, on the device that the loss is on"
+    def accumulate(self, learn):
+        self.count += 1
+        loss = to_detach(learn.loss.mean(), cpu=False)
+        self.val = torch.lerp(loss, self.val.to(loss), self.beta)
+
+class Late:
+    "Text that is made when it is shown"
+    def __init__(self, f): self.f = f
+    def __str__(self): return self.f()
+
+@patch
+def show_progress(self:MixRecorder):
+    "What fastai's `ProgressCallback` does after a batch"
+    bar = self.progress.pbar
+    bar.comment = Late(lambda: f'{self.active.ph.name} {self.learn.smooth_loss.item():.4f}')
+    bar.update(self.iter+1)
+
 # %% ../nbs/06_callback.ipynb #6e05e3e9
 @patch
 def clock(self:MixRecorder):
@@ -176,7 +201,7 @@ def clock(self:MixRecorder):
 def before_epoch(self:MixRecorder):
     if not self.active: return
     self.t0,self.sums,self.n,self.train_seconds = self.clock(),{},0,0.
-    self.recorder.train_metrics = self.flags[1] and self.active.ph.sl # there are no predictions in SSL training
+    self.recorder.train_metrics = self.flags['train_metrics'] and self.active.ph.sl # no predictions in SSL training
 
 @patch
 def before_train(self:MixRecorder):
@@ -190,8 +215,6 @@ def after_batch(self:MixRecorder):
     self.n += bs
     now = dict(epoch=self.epoch+self.iter/self.n_iter, lr=self.recorder.lrs[-1], alpha=self.active.alpha_now())
     for k,v in now.items(): self.sched[k].append(v)
-    bar = getattr(getattr(self.learn, 'progress', None), 'pbar', None)
-    if bar: bar.comment = f'{self.active.ph.name} {self.learn.smooth_loss.item():.4f}'
 
 # %% ../nbs/06_callback.ipynb #73e896a9
 @patch
@@ -207,7 +230,7 @@ def fill(self:MixRecorder, n):
 def after_train(self:MixRecorder):
     if not self.active: return
     self.train_seconds = self.clock()-self.t_train
-    self.fill(2+len(self.metrics)*self.flags[1])
+    self.fill(2+len(self.metrics)*self.flags['train_metrics'])
     self.recorder.log[1] = self.mean('train_loss')
 
 @patch
@@ -226,7 +249,9 @@ def after_cancel_epoch(self:MixRecorder): self.after_validate()
 @patch
 def after_epoch(self:MixRecorder):
     if not self.active: return
-    self.recorder.iters[-1] = len(self.recorder.losses) # the smoothed loss, which fastai counts by, restarts at a phase
+    rec,n = self.recorder,self.on_cpu
+    if rec.losses[n:]: rec.losses[n:] = torch.stack(rec.losses[n:]).cpu().unbind() # all of the epoch at once
+    rec.iters[-1] = self.on_cpu = len(rec.losses) # the smoothed loss, which fastai counts by, restarts at a phase
     self.rows.append(dict(zip(self.recorder.metric_names, self.recorder.log), train_seconds=self.train_seconds))
 
 # %% ../nbs/06_callback.ipynb #1cd2072f

@@ -88,13 +88,14 @@ def restored(learn:Learner, cbs=None):
     "Restore on every way out what a fit with phases changes about `learn` and `cbs`"
     rec,dev = learn.recorder,next(learn.model.parameters()).device.type
     runs = [(cb, cb.run) for cb in learn.cbs+L(cbs) if isinstance(cb, Callback)]
-    own = {learn: ('loss_func','logger'), learn.model: ('phase',), rec: ('add_time','train_metrics')}
+    own = {learn: ('loss_func','logger'), learn.model: ('phase',), rec: ('add_time','train_metrics','smooth_loss')}
     old = [(o, k, getattr(o, k)) for o,ks in own.items() for k in ks]
     amp = torch.is_autocast_enabled(dev)
     try: yield
     finally:
         for o,k,v in old: setattr(o, k, v)
         for cb,run in runs: cb.run = run
+        if hasattr(learn, 'progress'): vars(learn.progress).pop('after_batch', None)
         if torch.is_autocast_enabled(dev) and not amp:
             torch.set_autocast_enabled(dev, False)
             while torch.autocast_decrement_nesting()>0: pass

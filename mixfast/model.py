@@ -41,11 +41,17 @@ class MixModel(nn.Module):
         super().__init__()
         check_splittable(backbone)
         x = x.to(next(backbone.parameters()).device)
-        self.backbone,self.layout,self.phase = backbone,find_layout(backbone, x),None
+        self.backbone,self.layout = backbone,find_layout(backbone, x)
         self.objective = deepcopy(get_objective(objective, self.layout))
+        self.phase = None
         self.objective.setup(backbone, x)
         self.objective.to(x.device)
         self.n_out = n_outputs(backbone, x)
+
+    @property
+    def phase(self): return self.objective.phase
+    @phase.setter
+    def phase(self, v): self.objective.phase = v
 
     def forward(self, x):
         "`MixOutput` where a self-supervised loss is due; logits [B,classes] of the plain classifier otherwise"

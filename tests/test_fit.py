@@ -102,8 +102,8 @@ def test_smoothed_loss_restarts(make):
 def test_progress_names_the_phase(make):
     comments = []
     class Log(Callback):
-        order,run_valid = 59,False # just before the bar is drawn
-        def after_batch(self): comments.append(self.progress.pbar.comment.split()[0])
+        order,run_valid = 61,False # just after the bar is drawn
+        def after_batch(self): comments.append(str(self.progress.pbar.comment).split()[0])
     learn = make()
     learn.add_cb(ProgressCallback())
     learn.fit_mixtraining(**FIT, cbs=Log())

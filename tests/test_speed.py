@@ -1,0 +1,108 @@
+"What makes a step cheap, by counts rather than seconds: passes, tokens, reads of the device, optimizer calls"
+from collections import Counter
+import pytest, torch, timm
+from fastai.vision.all import Callback, ProgressCallback, accuracy
+from mixfast.all import AE, MAE, MixModel
+from mixfast.objective import kept_features
+from conftest import HOT, TINY, images, same, state
+
+def vit(**kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(TINY['arch'], img_size=8, patch_size=2, in_chans=1, embed_dim=32, depth=2, num_heads=2, num_classes=3, **kwargs)
+
+X = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+def tokens(m, phase):
+    "Tokens that the first block sees in a training step"
+    seen = []
+    h = m.backbone.blocks[0].register_forward_hook(lambda mod, args, out: seen.append(out.shape[1]))
+    m.phase = phase
+    m.train()(X)
+    h.remove()
+    return seen
+
+@pytest.mark.parametrize('drop,want', [(False, (17,17,17)), (True, (5,17,17)), ('mix', (5,5,17))])
+def test_tokens_by_phase(drop, want):
+    "One pass in each phase, of a quarter of the patches and the class token where the rest is dropped"
+    m = MixModel(vit(), MAE(drop=drop), X)
+    assert [tokens(m, p) for p in ('ssl','mix','sl')]==[[n] for n in want]
+    m.phase = 'mix'
+    out = m(X)
+    (out.ssl_loss+out.logits.sum()).backward()
+    assert all(p.grad is not None for p in m.parameters()) and out.logits.shape==(3,3)
+
+def test_dropped_patches_are_not_seen():
+    "What is masked has no part in the features; what is kept is in order; and all of it is the plain model's pass"
+    m = MixModel(vit(), MAE(drop=True), X).eval()
+    m.phase = 'ssl'
+    torch.manual_seed(5)
+    f = m.objective.encode(m.backbone, X)
+    mask = f.mask.view(3,1,4,4).repeat_interleave(2,2).repeat_interleave(2,3)
+    assert (f.mask.sum(1)==12).all() and all(not f.mask[i,f.ids[i]].any() and f.ids[i].tolist()==sorted(f.ids[i].tolist()) for i in range(3))
+    torch.manual_seed(5)
+    g = m.objective.encode(m.backbone, X+9.*mask)
+    assert torch.equal(f.tokens, g.tokens)
+    ref = m.backbone
+    t = ref._pos_embed(ref.patch_embed(X))
+    for i in range(3): # image by image, by hand
+        kept = torch.cat([t[i:i+1,:1], t[i:i+1,1:][:,f.ids[i]]], 1)
+        assert torch.allclose(f.tokens[i:i+1], ref.norm(ref.blocks(kept)), atol=1e-5)
+    assert torch.equal(kept_features(ref, X, torch.arange(16).expand(3,-1)), ref.forward_features(X))
+    assert m.objective(f, X)!=m.objective(f, X+9.*mask) # the loss is of the masked ones
+    assert torch.equal(m.objective(f, X), m.objective(f, X+9.*~mask))
+
+@pytest.mark.parametrize('drop', [True,'mix'])
+@pytest.mark.parametrize('kwargs', [{}, dict(global_pool='avg', class_token=False)])
+def test_a_fit_with_dropping(make, drop, kwargs):
+    "Through all phases; the classifier is the plain model's; reconstructions can be shown; the backbone loads strictly"
+    learn = make(objective=MAE(drop=drop), **kwargs)
+    learn.fit_mixtraining(3, 3, rho=0.34, recipe=HOT)
+    h = learn.mix.history
+    assert h.phase.tolist()==['ssl','ssl','mix','sl','sl'] and h.train_loss.notna().all() and h.accuracy[2:].notna().all()
+    learn.mix.show_reconstructions(3)
+    learn.mix.grad_cosines()
+    assert learn.get_preds()[0].shape==(9,3)
+    timm.create_model(TINY['arch'], img_size=8, in_chans=1, num_classes=3, **{k:v for k,v in TINY.items() if k!='arch'}, **kwargs).load_state_dict(learn.model.backbone.state_dict(), strict=True)
+
+def test_what_cannot_be_dropped():
+    with pytest.raises(ValueError, match="drop must be False, True or 'mix', got 'ssl'"): MAE(drop='ssl')
+    with pytest.raises(ValueError, match='drop needs a timm VisionTransformer, got ResNet'): MixModel(timm.create_model('resnet10t'), MAE(drop=True), torch.randn(2,3,96,96))
+    with pytest.raises(ValueError, match='patch_drop_rate=0'): MixModel(vit(patch_drop_rate=0.5), MAE(drop=True), X)
+
+READS = ('item','cpu','tolist','numpy','__bool__','__float__','__int__')
+
+@pytest.fixture
+def reads(monkeypatch):
+    "Counts of what would make the CPU wait for a GPU"
+    n = Counter()
+    for k in READS:
+        f = getattr(torch.Tensor, k)
+        def g(self, *args, _f=f, _k=k, **kwargs):
+            n[_k] += 1
+            return _f(self, *args, **kwargs)
+        monkeypatch.setattr(torch.Tensor, k, g)
+    return n
+
+@pytest.mark.parametrize('objective', [MAE, MAE(drop='mix')])
+def test_a_step_reads_nothing(make, reads, objective):
+    "From one training batch's end to the next one's, in every phase, with a progress bar that is not drawn meanwhile"
+    seen = []
+    class Log(Callback):
+        order,run_valid = 1000,False
+        def before_train(self): self.progress.pbar.wait_for = 1000 # the bar is not drawn
+        def after_batch(self):
+            if 6<self.iter<9: seen.append((self.mix_training.ph.name, dict(reads))) # the first five and the last are always drawn
+            reads.clear()
+    learn = make(n=80, bs=8, objective=objective)
+    learn.add_cb(ProgressCallback())
+    learn.fit_mixtraining(2, 2, rho=0.5, cbs=Log())
+    assert {p for p,_ in seen}=={'ssl','mix','sl'} and len(seen)==6 and not any(r for _,r in seen), seen
+
+def test_losses_are_plain_numbers_afterwards(make):
+    "fastai's recorder can draw them"
+    learn = make()
+    learn.fit_mixtraining(2, 2, rho=0.5)
+    assert len(learn.recorder.losses)==9 and all(o.device.type=='cpu' and o.ndim==0 for o in learn.recorder.losses)
+    learn.recorder.plot_loss()
+    assert type(learn.recorder.smooth_loss).__name__=='AvgSmoothLoss'
+    learn.fit(1)

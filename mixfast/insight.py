@@ -28,7 +28,7 @@ from sklearn.preprocessing import StandardScaler
 from .callback import MixRecorder
 from .data import MixDL, phase_dl
 from .model import MixModel
-from .objective import evaluating, features, logits, to_tokens
+from .objective import body, evaluating, features, logits, to_tokens
 from .phases import MixPlan
 
 # %% ../nbs/08_insight.ipynb #7ee975fe
@@ -115,8 +115,7 @@ def last_layer(
     backbone:nn.Module, # A timm model, or fastai's `Sequential(body, head)`
 )->nn.Module:
     "The last block of a backbone before pooling and classifier: the last child with matrices, of the last of lists"
-    m = backbone[0] if isinstance(backbone, nn.Sequential) else backbone
-    m = getattr(m, 'model', m)
+    m = body(backbone)
     heads = {'head','head_dist','fc','classifier','pre_logits','conv_head'} # timm's `forward_head`
     while True:
         m = [o for n,o in m.named_children() if n not in heads and any(p.ndim>1 for p in o.parameters())][-1]
@@ -149,9 +148,11 @@ def grad_cosines(self:MixRecorder,
     learn,m = self.learn,self.learn.model
     with torch.random.fork_rng(): x,*y = phase_dl(learn.dls, 'mix').one_batch() if b is None else b
     dev = next(m.parameters()).device
-    x = x.to(dev).as_subclass(torch.Tensor)
+    x,phase = x.to(dev).as_subclass(torch.Tensor),m.phase
     with torch.random.fork_rng(), evaluating(m), torch.enable_grad():
+        m.phase = 'mix'
         feats = m.objective.encode(m.backbone, x)
+        m.phase = phase
         sl = learn.loss_func(logits(m.backbone, m.objective.sl_feats(feats)), *[o.to(dev) for o in y])
         return cosines(m.objective(feats, x), sl, list(last_layer(m.backbone).parameters()), alpha)
 

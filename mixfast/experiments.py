@@ -243,9 +243,10 @@ def record_id(rec): return run_id(Experiment(**rec['exp']), rec['seed'], rec['sc
 def _commit():
     "The commit of mixfast, if this is a checkout of it"
     def git(*args): return subprocess.run(['git',*args], cwd=PACKAGE, capture_output=True, text=True, check=True).stdout
-    try: git('ls-files', '--error-unmatch', '__init__.py') # not somebody else's repository around it
+    try:
+        git('ls-files', '--error-unmatch', '__init__.py') # not somebody else's repository around it
+        return git('describe', '--always', '--dirty').strip()
     except (OSError, subprocess.CalledProcessError): return ''
-    return git('describe', '--always', '--dirty').strip()
 
 def _reset_peak(dev):
     "Let the memory of earlier runs go, and count anew from here; where the system cannot, the peak is unknown"
@@ -472,7 +473,8 @@ def plot_latency(
         if len(g): ax.errorbar(g.seconds, g.ours, yerr=g['std'], fmt='o', capsize=3, label=NAMES[m], color=f'C{i}')
         for r in g.itertuples():
             ax.annotate(f'{r.p} %', (r.seconds,r.ours), xytext=(5,5), textcoords='offset points', fontsize=8)
-    return finish(ax, xlabel='training seconds', ylabel='accuracy, %', xlim=(0,None), title=_title(res))
+    xlim = 0, 1.15*res.seconds.max()
+    return finish(ax, xlabel='training seconds', ylabel='accuracy, %', xlim=xlim, title=_title(res))
 
 def plot_parameter(
     res:pd.DataFrame, # Of `results`, one table and scale
@@ -486,6 +488,7 @@ def plot_parameter(
     for i,(_,g) in enumerate(res.groupby(['ssl_data','sl_data','p','noise','semi','mixup'])):
         g = g.sort_values(col)
         ax.errorbar(g[col], g.ours, yerr=g['std'], fmt='o-', capsize=3, color=f'C{i}', label=_label(g.exp.iloc[-1]))
+        g = g[g.scale=='paper'] # another model's accuracies are not to be drawn beside the paper's
         ax.plot(g[col], g.accuracy, '--', color=f'C{i}', lw=1)
     return finish(ax, xlabel=col, ylabel='accuracy, %', title=_title(res))
 

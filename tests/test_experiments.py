@@ -114,6 +114,21 @@ def test_something_else_than_the_experiment_says():
     r = run_experiment(E10['mix'], 0, '', 'tiny', load=fake, device='cpu', cbs=[Look()], **change)
     assert seen==[(30,8,'avg')] and set(r['phases'])=={'mix'} and r['settings']['rho']==1 and r['exp']==asdict(E10['mix'])
 
+def test_commit_is_mixfasts_or_none(tmp_path, monkeypatch):
+    "Without git, in somebody else's repository, or in one without a commit there is none"
+    git = lambda *a: subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@b', *a], cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.setattr(ex, 'PACKAGE', tmp_path)
+    (tmp_path/'__init__.py').touch()
+    assert ex._commit()==''
+    git('init', '-q'); (tmp_path/'other').touch(); git('add', 'other')
+    assert ex._commit()==''
+    git('add', '.')
+    assert ex._commit()==''
+    git('commit', '-qm', 'one')
+    assert len(ex._commit())>=7
+    monkeypatch.setenv('PATH', '')
+    assert ex._commit()==''
+
 def test_estimate(tmp_path, monkeypatch):
     "Steps of each phase, and validation of the supervised epochs at a third of an SL step"
     monkeypatch.setattr(MixRecorder, 'step_seconds', lambda self, n: dict(ssl=3., mix=4., sl=6.))

@@ -292,7 +292,10 @@ from pathlib import Path
 x,i = c.load_files(sorted(Path(sys.argv[1]).rglob('*.png')), 16, cache=sys.argv[2], bar=False)
 print(x.shape, int(x.sum()))
 '''
-def start(folder, cache, delay): return subprocess.Popen([sys.executable, '-c', LOAD, str(folder), str(cache), str(delay)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(folder, cache, delay):
+    "A process that loads a folder; Ctrl-C reaches it even where a shell started the tests in the background"
+    cmd = [sys.executable, '-c', LOAD, str(folder), str(cache), str(delay)]
+    return subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 def test_two_processes_build_one_cache(tmp_path):
     write(tmp_path/'a', 300)

@@ -4,6 +4,7 @@ A run is a line of JSON; what has one already is not run again.
     python benchmarks/choices.py ~/data --scale small --seeds 2 --out experiments/choices"""
 import json, warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
@@ -42,10 +43,12 @@ choices = { # what differs from the default: in the arguments of `mix_dls`, of `
     'no augmentation in the SSL phase': dict(dls=dict(tfms=sl_tfms)),
     'resized crops in the SSL phase': dict(dls=dict(tfms=sl_tfms, ssl_tfms=[BatchResizedCrop((0.2,1)), BatchFlip()])),
     'mean of the tokens, no class token': dict(learn=dict(global_pool='avg', class_token=False)),
-    'targets normalised by patch': dict(learn=dict(objective=PatchNormMAE))}
+    'targets normalised by patch': dict(learn=dict(objective=PatchNormMAE)),
+    'masked patches dropped in the SSL phase': dict(learn=dict(objective=partial(MAE, drop=True))),
+    'masked patches dropped in the SSL and mix phases': dict(learn=dict(objective=partial(MAE, drop='mix')))}
 def some(*names): return {k:choices[k] for k in ('default',)+names}
-pooled = 'mean of the tokens, no class token'
-methods = dict(mix=choices, ssl_sl=some('decoder without the class token', pooled), sl=some(pooled))
+pooled,dropped = 'mean of the tokens, no class token','masked patches dropped in the SSL phase'
+methods = dict(mix=choices, ssl_sl=some('decoder without the class token', pooled, dropped), sl=some(pooled))
 
 def records(f):
     "The runs of a file, whole lines only"
@@ -62,13 +65,14 @@ def main(
     seeds:int=2, # Seeds 0 to seeds-1
     out:str='experiments/choices', # Folder for the records
     hold_out:int=5000, # Images to validate on
+    only:str='', # Choices with this text in their name
 ):
     "Compare the choices"
     warnings.filterwarnings('ignore')
     check_scale(scale)
     out = Path(out)/f'{scale}.jsonl'
     out.parent.mkdir(parents=True, exist_ok=True)
-    runs = [(m,c,seed) for seed in range(seeds) for m in methods for c in methods[m]]
+    runs = [(m,c,seed) for seed in range(seeds) for m in methods for c in methods[m] if only in c]
     for m,c,seed in progress_bar(runs):
         key = dict(method=m, choice=c, seed=seed, hold_out=hold_out)
         if any(key.items() <= r.items() for r in records(out)): continue

@@ -427,7 +427,10 @@ def results(
     for k in asdict(res.exp[0]): res[k] = [getattr(e, k) for e in res.exp]
     order = {o:i for i,o in enumerate([*DATASETS, *NAMES])} # the paper's
     cols = ['scale','machine','table','model','sl_data','e_sl','method','rho','alpha','p']
-    return res.sort_values(cols, key=lambda c: c.map(order) if c.name in ('sl_data','method') else c, ignore_index=True)
+    def key(c):
+        if c.name=='table': return c.replace(0, np.inf) # the paper's first
+        return c.map(order) if c.name in ('sl_data','method') else c
+    return res.sort_values(cols, key=key, ignore_index=True)
 
 # %% ../nbs/09_experiments.ipynb #c8f5cdb1
 def comparisons(
@@ -530,13 +533,18 @@ def _pictures(g, table):
     for _,o in g.groupby('sl_data', sort=False) if table in (1,2,3,4) else (): yield lambda ax, o=o: plot_latency(o, ax)
 
 def _sections(res):
-    "The report as (heading, text, frame, function that draws)"
+    "The report as (heading, text, frame, function that draws). What one table shows, another does not repeat."
+    shown,repeated = set(),set()
     for (scale,machine,table,model),g in res.groupby(['scale','machine','table','model'], sort=False):
+        runs = set(zip(g.exp, g.scale, g.machine))
+        if runs <= shown: repeated.add(table); continue
+        shown |= runs
         name = f'Table {table}' if table else 'Beyond the paper'
         what = '' if scale=='paper' else ": a smaller model and fewer epochs, not the paper's"
         yield f'{name}, {model}, scale {scale}', f'{machine}{what}.', None, None
         for text,df in _tables(g): yield '', text, df, None
         for draw in _pictures(g, table): yield '', '', None, draw
+    if repeated: yield 'Other tables', f"All runs of tables {', '.join(map(str, sorted(repeated)))} are shown above.", None, None
 
 # %% ../nbs/09_experiments.ipynb #e7039c81
 def write_report(

@@ -219,6 +219,7 @@ def test_report(tmp_path):
     assert '| cifar10 | 20 | MixTraining' in text and '| cifar10 | 100 | MixTraining' in text # the epochs that were run
     t = text[text.index('## Table 1'):]
     assert t.index('| SSL+SL |') < t.index('| MixTraining') and '15.0 (' in text and 'nan' not in text
+    assert text.count('58.00 ± 2.83')==2 and 'All runs of tables 10, 11, 14 are shown above.' in text # in Table 1 and with the study
     html = (tmp_path/'report.html').read_text()
     assert '58.00 ± 2.83 (60.45)' in html and all((tmp_path/o.split('"')[0]).exists() for o in html.split('src="')[1:])
     with pytest.raises(ValueError, match='no records'): write_report(tmp_path/'none')

@@ -26,6 +26,7 @@ import fastai.callback.progress # fastai's progress bar
 from .callback import MixRecorder, MixTrainingCallback
 from .data import phase_dl
 from .model import MixModel, fused_adamw, mix_splitter, pair_up
+from .objective import body
 from .phases import MixPlan
 from .schedule import Hypers, MixScheduler, check_sl_sched
 
@@ -189,3 +190,15 @@ def mix_learner(
     learn = Learner(dls, model, loss_func=loss_func, opt_func=opt_func, splitter=splitter, metrics=metrics, cbs=cbs,
                     path=path, model_dir=model_dir, wd_bn_bias=wd_bn_bias)
     return learn.to_mix(objective)
+
+# %% ../nbs/07_learner.ipynb #73e7f36a
+@patch
+def compile(self:Learner,
+    **kwargs # For `torch.compile`: `mode`, `dynamic`, `backend`, ...
+)->Learner:
+    "Compile the parts of the model in place; the first epoch pays for it. `learn.mix.step_seconds` times a plain copy."
+    m = self.to_mix().model
+    for o in (*body(m.backbone).children(), *m.objective.children()):
+        for part in o if isinstance(o, nn.ModuleList) else [o]:
+            if next(part.parameters(), None) is not None: part.compile(**kwargs)
+    return self

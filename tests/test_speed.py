@@ -1,7 +1,9 @@
-"What makes a step cheap, by counts rather than seconds: passes, tokens, reads of the device, optimizer calls"
+"What makes a step cheap, by counts rather than seconds: passes, tokens, reads of the device, optimizer calls, compilations"
+import pickle
 from collections import Counter
 import pytest, torch, timm
 from fastai.vision.all import Callback, ProgressCallback, accuracy
+from torch._dynamo.utils import counters
 from mixfast.all import AE, MAE, MixModel
 from mixfast.objective import kept_features
 from conftest import HOT, TINY, images, same, state
@@ -106,3 +108,52 @@ def test_losses_are_plain_numbers_afterwards(make):
     learn.recorder.plot_loss()
     assert type(learn.recorder.smooth_loss).__name__=='AvgSmoothLoss'
     learn.fit(1)
+
+@pytest.mark.parametrize('kwargs', [{}, dict(objective=MAE(drop=True)), dict(objective=MAE(drop='mix')), dict(arch='resnet10t', size=32, c=3)])
+def test_compiled(make, kwargs):
+    "The same weights; compiled in each phase's first steps and never again; names, copies and exports are plain"
+    torch._dynamo.reset()
+    counters.clear()
+    seen = []
+    class Log(Callback):
+        run_valid = False
+        def after_batch(self): seen.append((self.epoch, counters['stats']['unique_graphs']))
+    def fit(learn):
+        torch.manual_seed(0)
+        learn.fit_mixtraining(4, 4, rho=0.5, recipe=HOT, cbs=Log())
+        return learn
+    plain = state(fit(make(**kwargs)).model)
+    assert not counters['stats']
+    learn = make(**kwargs).compile(backend='eager')
+    same_names = learn.model.state_dict().keys()==plain.keys()
+    fit(learn)
+    assert same_names and all(torch.allclose(v, plain[k], atol=1e-5) for k,v in learn.model.state_dict().items())
+    by_epoch = {e: [n for e2,n in seen[-18:] if e2==e] for e in range(6)}
+    assert by_epoch[0][0]>0 and all(n[0]==n[-1] for n in by_epoch.values()), by_epoch # not in the middle of an epoch
+    n = counters['stats']['unique_graphs']
+    fit(learn)
+    assert counters['stats']['unique_graphs']==n
+    copy = pickle.loads(pickle.dumps(learn.model))
+    assert same(copy.state_dict(), learn.model.state_dict()) and not any(m._compiled_call_impl for m in copy.modules())
+
+def ops(f):
+    "How often `f` calls each of torch's operators"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p: f()
+    return Counter({o.key: o.count for o in p.key_averages()})
+
+def test_one_kernel_updates_all_weights(make):
+    "Fused AdamW: one call for what is decayed, one for what is not, whatever the number of parameters"
+    learn = make(n=80, bs=8)
+    n = ops(lambda: learn.fit_mixtraining(2, 2, rho=0.5))
+    assert n['aten::_fused_adamw_']==n['aten::_foreach_add_']==2*30 # the latter counts the steps
+
+def test_channels_last(make):
+    "The same training, in the memory format that convolutions like"
+    kwargs = dict(arch='resnet10t', size=32, c=3)
+    plain = make(**kwargs)
+    plain.fit_mixtraining(2, 2, rho=0.5)
+    learn = make(**kwargs)
+    learn.to_channelslast(use_amp=False)
+    learn.fit_mixtraining(2, 2, rho=0.5)
+    assert learn.model.backbone.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert plain.mix.history.train_loss.tolist()==pytest.approx(learn.mix.history.train_loss.tolist(), rel=1e-3)

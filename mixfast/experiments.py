@@ -7,12 +7,12 @@ Docs: https://mixfast.github.io/mixfast/experiments.html.md"""
 # %% auto #0
 __all__ = ['PACKAGE', 'DATASETS', 'N_TRAIN', 'NAMES', 'SCALES', 'COSINES', 'paper_tables', 'Experiment', 'experiments',
            'data_name', 'method_name', 'describe', 'vary', 'check_scale', 'scaled', 'experiment_dls',
-           'experiment_learner', 'experiment_args', 'add_record', 'read_records', 'run_id', 'record_id',
-           'run_experiment', 'missing_runs', 'estimate', 'reproduce', 'results', 'comparisons', 'paper_layout',
-           'plot_latency', 'plot_parameter', 'write_report']
+           'experiment_learner', 'experiment_args', 'add_record', 'read_records', 'run_id', 'record_id', 'reset_peak',
+           'peak_bytes', 'versions', 'device_name', 'run_experiment', 'missing_runs', 'estimate', 'reproduce',
+           'results', 'comparisons', 'paper_layout', 'plot_latency', 'plot_parameter', 'write_report']
 
 # %% ../nbs/09_experiments.ipynb #ed198a65
-import argparse, gc, json, os, platform, subprocess, sys, time, warnings
+import argparse, ctypes, gc, json, os, platform, subprocess, sys, time, warnings
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -248,21 +248,25 @@ def _commit():
         return git('describe', '--always', '--dirty').strip()
     except (OSError, subprocess.CalledProcessError): return ''
 
-def _reset_peak(dev):
+def reset_peak(dev):
     "Let the memory of earlier runs go, and count anew from here; where the system cannot, the peak is unknown"
     gc.collect()
     if dev.type=='cuda': return torch.cuda.reset_peak_memory_stats(dev)
-    try: Path('/proc/self/clear_refs').write_text('5')
-    except OSError: pass
+    try:
+        ctypes.CDLL(None).malloc_trim(0) # what was freed goes back to the system
+        Path('/proc/self/clear_refs').write_text('5')
+    except (OSError, AttributeError): pass # not Linux
 
-def _peak(dev):
+def peak_bytes(dev):
     "Most memory since, bytes: of the device, or of the process"
     if dev.type=='cuda': return torch.cuda.max_memory_allocated(dev)
     try: status = Path('/proc/self/status').read_text().split()
     except OSError: return None
     return int(status[status.index('VmHWM:')+1])*1024
 
-def _device(dev):
+def versions(): return {k: version(k) for k in ('mixfast','torch','timm','fastai')}
+
+def device_name(dev):
     if dev.type=='cuda': return torch.cuda.get_device_name(dev)
     n = torch.get_num_threads()
     return f"{platform.machine()} CPU, {n} thread{'s'*(n>1)}"
@@ -297,7 +301,7 @@ def run_experiment(
     set_seed(seed)
     dls = experiment_dls(e, seed, path, scale, load, device, hold_out, **(dls or {}))
     dev,args,cos = torch.device(dls.device),experiment_args(e, scale) | (fit or {}),GradCosines(every=50)
-    _reset_peak(dev)
+    reset_peak(dev)
     learn,t = experiment_learner(e, dls, scale, bf16, **(learn or {})),time.perf_counter()
     args['cbs'] = [*args['cbs'], cos, _OnlyClassifiers(), *(cbs or [])]
     with learn.no_bar(), learn.no_logging(): learn.fit_mixtraining(**args)
@@ -306,9 +310,9 @@ def run_experiment(
     return dict(exp=asdict(e), seed=seed, scale=scale, bf16=bf16, accuracy=accs[-1], accuracies=accs,
                 phases=h.phase.tolist(), cosines=cos.history.round(4).to_dict('list'), n_train=len(dls.train_ds),
                 seconds=secs, train_seconds=sum(secs.values()), total_seconds=total,
-                total_by_phase={p: h.seconds[h.phase==p].sum() for p in secs}, peak_bytes=_peak(dev),
-                settings=_settings(args, scale), device=_device(dev), commit=_commit(), date=time.strftime('%Y-%m-%d'),
-                versions={k: version(k) for k in ('mixfast','torch','timm','fastai')})
+                total_by_phase={p: h.seconds[h.phase==p].sum() for p in secs}, peak_bytes=peak_bytes(dev),
+                settings=_settings(args, scale), device=device_name(dev), commit=_commit(), versions=versions(),
+                date=time.strftime('%Y-%m-%d'))
 
 # %% ../nbs/09_experiments.ipynb #7857fa79
 def missing_runs(
@@ -544,7 +548,8 @@ def _sections(res):
         yield f'{name}, {model}, scale {scale}', f'{machine}{what}.', None, None
         for text,df in _tables(g): yield '', text, df, None
         for draw in _pictures(g, table): yield '', '', None, draw
-    if repeated: yield 'Other tables', f"All runs of tables {', '.join(map(str, sorted(repeated)))} are shown above.", None, None
+    also = ', '.join(map(str, sorted(repeated)))
+    if also: yield 'Other tables', f"All runs of tables {also} are shown above.", None, None
 
 # %% ../nbs/09_experiments.ipynb #e7039c81
 def write_report(

@@ -10,11 +10,13 @@ __all__ = ['METHODS', 'embed', 'bank_dl', 'knn_predict', 'KNNAccuracy', 'linear_
 
 # %% ../nbs/08_insight.ipynb #0574795a
 import math
+from contextlib import nullcontext
 from copy import deepcopy
 from statistics import median
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
@@ -193,7 +195,7 @@ class GradCosines(Callback):
 
 # %% ../nbs/08_insight.ipynb #d8286186
 def _steps(learn):
-    "For each phase a function that makes a training step of a copy of the model"
+    "For each phase a function that makes a training step of a copy of the model; the copy; its optimizer"
     if len(phase_dl(learn.dls, 'mix').dataset[0])<2: raise ValueError("the training images have no labels")
     m = deepcopy(learn.model)
     opt = learn.opt_func(learn.splitter(m), lr=0.)
@@ -210,31 +212,60 @@ def _steps(learn):
             opt.step()
             opt.zero_grad()
         return f
-    return {p: step(p) for p in ('ssl','mix','sl')}
+    return {p: step(p) for p in ('ssl','mix','sl')},m,opt
 
 @patch
-def step_seconds(self:MixRecorder,
+def step_times(self:MixRecorder,
     n:int=10, # Steps of each kind, after two that do not count
-)->dict: # Seconds of a training step, by phase: the median
+)->dict: # By phase: the seconds of each training step
     "Time a step of each phase, in turns; nothing is changed"
     ts = {}
     with torch.random.fork_rng():
-        steps = _steps(self.learn)
+        steps,*_ = _steps(self.learn)
         for i in range(n+2):
             for p,f in steps.items():
                 t = self.clock()
                 f()
                 if i>=2: ts.setdefault(p, []).append(self.clock()-t)
-    return {p: median(o) for p,o in ts.items()}
+    return ts
+
+@patch
+def step_seconds(self:MixRecorder,
+    n:int=10, # As in `step_times`
+)->dict: # Seconds of a training step, by phase: the median
+    "Time a step of each phase, in turns; nothing is changed"
+    return {p: median(o) for p,o in self.step_times(n).items()}
 
 @patch
 def step_flops(self:MixRecorder)->dict: # Floating-point operations of a training step, by phase
     "Count the operations of a step of each phase, forward and backward, by torch's counter"
     res = {}
     with torch.random.fork_rng():
-        for p,f in _steps(self.learn).items():
+        for p,f in _steps(self.learn)[0].items():
             with FlopCounterMode(display=False) as c: f()
             res[p] = c.get_total_flops()
+    return res
+
+# %% ../nbs/08_insight.ipynb #2c721c58
+def _nbytes(ts):
+    "Bytes of the memory behind tensors, each counted once"
+    return sum({o.data_ptr(): o.nbytes() for o in (t.untyped_storage() for t in ts if t.device.type!='meta')}.values())
+
+@patch
+def step_bytes(self:MixRecorder)->dict: # Bytes of memory that a training step needs, by phase
+    "The peak on CUDA; else a sum of weights, gradients, optimizer state and what the forward pass keeps"
+    res,cuda = {},self.device_type()=='cuda'
+    with torch.random.fork_rng():
+        steps,m,opt = _steps(self.learn)
+        for f in steps.values(): f() # so that the optimizer has its state
+        for p,f in steps.items():
+            if cuda: torch.cuda.reset_peak_memory_stats()
+            kept = []
+            with nullcontext() if cuda else saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t): f()
+            state = [v for g in getattr(opt, 'opt', opt).state.values() for v in g.values() if torch.is_tensor(v)]
+            grads = sum(o.nbytes for o in m.parameters()) # as large as the weights
+            if cuda: res[p] = torch.cuda.max_memory_allocated()
+            else: res[p] = _nbytes([*kept, *m.parameters(), *m.buffers(), *state]) + grads
     return res
 
 # %% ../nbs/08_insight.ipynb #6c7d38bf

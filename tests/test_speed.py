@@ -1,5 +1,5 @@
 "What makes a step cheap, by counts rather than seconds: passes, tokens, reads of the device, optimizer calls, compilations"
-import pickle
+import json, pickle
 from collections import Counter
 import pytest, torch, timm
 from fastai.vision.all import Callback, ProgressCallback, accuracy
@@ -157,3 +157,42 @@ def test_channels_last(make):
     learn.fit_mixtraining(2, 2, rho=0.5)
     assert learn.model.backbone.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert plain.mix.history.train_loss.tolist()==pytest.approx(learn.mix.history.train_loss.tolist(), rel=1e-3)
+
+def test_bench(tmp_path, monkeypatch, capsys):
+    "The command measures, prints ratios first and writes JSON; bad arguments end it before that"
+    from mixfast import bench
+    from mixfast.peers import Work
+    monkeypatch.setattr(bench, 'CPU', Work(n=64, bs=16, dim=32, depth=2, heads=2, patch=8))
+    monkeypatch.setattr(bench, 'QUICK', dict(epochs=2))
+    monkeypatch.setattr(bench, 'import_rows', lambda n: [])
+    out = tmp_path/'bench.json'
+    args = dict(bf16=False, compile=False)
+    bench.main(True, **args, rounds=1, out=str(out))
+    res,text = json.loads(out.read_text()),capsys.readouterr().out
+    names = [r['name'] for r in res['ratios']]
+    assert 'fit_mixtraining / a loop by hand, training' in names and 'SSL+SL / MixTraining, rho 1' in names and 'SSL+SL / MixTraining, rho 0.25' not in names
+    limit = {r['name']: r['limit'] for r in res['ratios']}
+    assert 1 < limit['SSL+SL / MixTraining, rho 0.5'] < limit['SSL+SL / MixTraining, rho 1'] < 2
+    assert all(0 < r['low'] <= r['ratio'] <= r['high'] for r in res['ratios'])
+    assert text.index('fit_mixtraining / a loop') < text.index('A fit in seconds') and str(out) in text
+    for kw,says in ((dict(rounds=0), 'rounds must be 1 or more, got 0'), (dict(out=str(tmp_path/'no'/'b.json')), 'no folder')):
+        with pytest.raises(SystemExit, match=says): bench.main(True, **args, **kw)
+
+def test_peers_train(monkeypatch):
+    "The loop by hand learns what `fit_mixtraining` does: a benchmark of the same work"
+    from mixfast.peers import Work, bare_fit, lightly_fit, mixfast_fit
+    seen = Counter()
+    step = torch.optim.AdamW.step
+    def count(self, *args, **kwargs):
+        seen['steps'] += 1
+        return step(self, *args, **kwargs)
+    monkeypatch.setattr(torch.optim.AdamW, 'step', count)
+    w = Work(n=40, bs=16, epochs=2, dim=32, depth=2, heads=2, patch=8)
+    for f in (mixfast_fit, bare_fit):
+        seen.clear()
+        f(w, 0.5)()
+        assert seen['steps']==3*2
+    if pytest.importorskip('lightly') and pytest.importorskip('lightning'):
+        seen.clear()
+        lightly_fit(w)()
+        assert seen['steps']==4*2

@@ -8,9 +8,9 @@ Docs: https://mixfast.github.io/mixfast/callback.html.md"""
 __all__ = ['MixTrainingCallback', 'MixRecorder']
 
 # %% ../nbs/06_callback.ipynb #e53fc4ec
-import math, time
+import math, random, time
 from contextlib import nullcontext
-import matplotlib.pyplot as plt, pandas as pd, torch
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -22,7 +22,7 @@ from fastai.learner import AvgSmoothLoss
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import find_bs, to_detach
 
-from .data import phase_dl
+from .data import SeededDL, check_seed, phase_dl
 from .model import MixModel, MixOutput, no_decay
 from .objective import evaluating
 from .phases import MixPlan, phase_colors
@@ -42,7 +42,7 @@ class MixTrainingCallback(Callback):
         self.plan,self.alpha,self.alpha_sched,self.carry_opt = plan,alpha,alpha_sched,carry_opt
 
     def before_fit(self):
-        self.mm,self.sl_loss,self.ph = self.learn.model,self.learn.loss_func,None
+        self.mm,self.sl_loss,self.ph,self.seed = self.learn.model,self.learn.loss_func,None,check_seed(None)
         if not isinstance(self.mm, MixModel): raise TypeError("the model must be a MixModel: call learn.to_mix() first")
         if not (self.wd_bn_bias or isinstance(self.opt, OptimWrapper)): # fastai's own optimizers: decay by parameter
             for p in no_decay(self.mm): self.opt.state[p]['do_wd'] = False
@@ -78,10 +78,24 @@ def ssl_only(self:MixTrainingCallback, pred, *yb, **kwargs):
 
 # %% ../nbs/06_callback.ipynb #ad55e4ba
 @patch
-def before_train(self:MixTrainingCallback): self.learn.dl = phase_dl(self.dls, self.ph.name)
+def before_train(self:MixTrainingCallback):
+    self.learn.dl = phase_dl(self.dls, self.ph.name)
+    self.seed_step(-1)
+
+@patch
+def before_validate(self:MixTrainingCallback): self.seed_step(-1)
+
+@patch
+def seed_step(self:MixTrainingCallback, i):
+    "What is random from here on, masks and dropout and the order of fastai's own loaders, depends on the place alone"
+    s = int(np.random.SeedSequence([self.seed, self.epoch, self.training, i+1]).generate_state(1)[0])
+    random.seed(s); np.random.seed(s); torch.default_generator.manual_seed(s)
+    if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(s)
+    if i<0 and not isinstance(self.learn.dl, SeededDL): self.learn.dl.rng.seed(s)
 
 @patch
 def before_batch(self:MixTrainingCallback):
+    self.seed_step(self.iter)
     self.losses = {}
     if not self.ph.sl and not len(self.learn.yb): self.learn.yb = self.learn.xb
 

@@ -230,6 +230,7 @@ class SeededDL(TfmdDL):
         **kwargs # For `TfmdDL`
     ):
         self.key,self.full_bs,self.passes,self.phases = (check_seed(seed),tag),bs,0,{}
+        self.skip = 0 # batches at the beginning of a pass that are left out
         super().__init__(dataset, bs=max(min(bs, len(dataset)), 1), **kwargs)
 
     def new(self, dataset=None, cls=None, **kwargs):
@@ -238,6 +239,7 @@ class SeededDL(TfmdDL):
     def before_iter(self):
         super().before_iter()
         self.passes += 1
+        self.fake_l.generator = torch.Generator() # torch draws a number per pass: not from the batches' generator
 
     def one_batch(self):
         "The first batch of the next pass; looking at it does not count"
@@ -247,7 +249,7 @@ class SeededDL(TfmdDL):
 
     def __iter__(self):
         key,it = (*self.key, self.passes+1),super().__iter__()
-        for i in count():
+        for i in count(self.skip):
             with seeded(*key, i, 0, device=self.device): b = next(it, None)
             if b is None: return
             yield b
@@ -275,16 +277,15 @@ def sample(self:SeededDL):
     "The samples of this process: with several workers, every so many batches"
     idxs = self._DataLoader__idxs # what fastai's `__iter__` has got from `get_idxs`
     idxs = np.asarray(idxs if hasattr(idxs, '__len__') else list(islice(idxs, self.n)))
-    if self.num_workers==1: return idxs
     batches = [idxs[i:i+self.bs] for i in range(0, len(idxs), self.bs)]
-    return np.concatenate([idxs[:0], *batches[self.offs::self.num_workers]])
+    return np.concatenate([idxs[:0], *batches[self.skip+self.offs::self.num_workers]])
 
 @patch
 def create_batches(self:SeededDL, samps):
     idxs,key = np.asarray(samps if isinstance(samps, np.ndarray) else list(samps)),(*self.key, self.passes)
     n = len(idxs)//self.bs*self.bs if self.drop_last else len(idxs)
     for i,j in enumerate(range(0, n, self.bs)):
-        yield self.load(idxs[j:j+self.bs], (*key, self.offs+i*self.num_workers)) # the number of the batch
+        yield self.load(idxs[j:j+self.bs], (*key, self.skip+self.offs+i*self.num_workers)) # the number of the batch
 
 @patch
 def load(self:SeededDL,
@@ -508,7 +509,9 @@ def mix_dls(
     if sl: d_sl.phases['ssl'] = d_ssl
     if sl and ssl: d_sl.phases['mix'] = BlendDL(sl=d_sl, ssl=d_ssl, lam=lam, tag=2, **train)
     d_val = MixDL(valid or first.new_empty(), tag=3, after_batch=MixBatch(mean, std), **kw)
-    return MixDataLoaders(d_sl, d_val, path=path, device=device)
+    dls = MixDataLoaders(d_sl, d_val, path=path, device=device)
+    dls.seed,dls.lam = seed,lam # as given, to know them again
+    return dls
 
 # %% ../nbs/04_data.ipynb #59386c5f
 class MixItemDL(SeededDL):

@@ -1,0 +1,222 @@
+"Checkpoints: a killed fit ends as an undisturbed one does; what cannot be used is named; what was there is not lost"
+import errno, json, os, pickle, random, resource, signal, subprocess, sys, warnings
+from pathlib import Path
+import numpy as np, pytest, torch
+from fastai.vision.all import (Callback, CategoryBlock, DataBlock, GradientAccumulation, ImageBlock, ImageDataLoaders, PILImage, ProgressCallback,
+    RandomSplitter, SaveModelCallback, accuracy, noop, resnet18, set_seed, vision_learner)
+from mixfast.all import AE, BatchFlip, MAE, MixBlock, mix_dls, mix_learner
+from mixfast.checkpoint import INDEX, check_room, load_state, read_index, save_state, write_atomic
+from conftest import HOT, TINY, images, same, state
+sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'))
+import kills
+
+class Die(Callback):
+    "Fail at the end of the `n`-th training step"
+    order = 2000
+    def __init__(self, n): self.n = n
+    def after_batch(self):
+        self.n -= self.training
+        if self.n==0: raise RuntimeError('died')
+
+def whole(learn):
+    "All that a fit leaves behind, its seconds apart"
+    rec = learn.recorder
+    rows = [{k:v for k,v in r.items() if 'seconds' not in k} for r in learn.mix.rows]
+    return json.dumps([rows, rec.lrs, rec.iters, [o.item() for o in rec.losses], learn.mix.sched], default=float)
+
+def check_resumed(new, folder, deaths, every_steps=None, **kwargs):
+    "`new`, a function of a seed that makes a learner, fits once in peace, and once with `deaths`, from other seeds"
+    fit = dict(e_ssl=4, e_sl=4, rho=0.5, recipe=HOT) | kwargs
+    cbs = fit.pop('cbs', list)
+    ref = new(0)
+    ref.fit_mixtraining(**fit, cbs=cbs())
+    for n in deaths:
+        learn = new(7 if read_index(folder) else 0)
+        with pytest.raises(RuntimeError, match='died'):
+            learn.fit_mixtraining(**fit, checkpoint=folder, every_steps=every_steps, resume=True, cbs=[*cbs(), Die(n)])
+    learn = new(7)
+    learn.fit_mixtraining(**fit, checkpoint=folder, every_steps=every_steps, resume=True, cbs=cbs())
+    assert same(state(learn.model), state(ref.model)) and whole(learn)==whole(ref)
+    return learn
+
+def test_kill_9(tmp_path):
+    "Killed in each phase, in validation, at boundaries, while a checkpoint is written; twice within an epoch"
+    want,_ = kills.undisturbed()
+    for traps in ([('step',2),('step',3),('step',3)], [('validate',1),('phase',2),('os.fsync',6)], [('phase',3),('os.replace',3),('os.fsync',1)]):
+        folder = tmp_path/str(traps)
+        for i,(event,n) in enumerate(traps):
+            assert not kills.child(lambda: kills.fit(folder, kills.Trap(event, n), i)), (event,n)
+        assert kills.child(lambda: kills.fit(folder, seed=9)) and (folder/'digest').read_text()==want, traps
+        assert sorted(f.suffix for f in folder.iterdir())==['','.json','.pt','.pt']
+
+@pytest.mark.parametrize('kwargs', [dict(objective=MAE(drop='mix')), dict(arch='resnet10t', size=32, c=3, objective=AE), dict(drop_path_rate=0.3)])
+def test_models(make, tmp_path, kwargs):
+    new = lambda seed: make(seed=seed, n=40, ssl=images(30, kwargs.get('size', 8), kwargs.get('c', 1), seed=3)[0], **kwargs)
+    check_resumed(new, tmp_path/'run', (4,7,7), every_steps=2)
+
+def test_other_callbacks(make, tmp_path):
+    "bfloat16, gathered gradients, the best so far"
+    new = lambda seed: make(seed=seed, n=40).to_bf16()
+    cbs = lambda: [GradientAccumulation(12), SaveModelCallback(monitor='accuracy', fname='best')]
+    learn = check_resumed(new, tmp_path/'run', (3,14,9), every_steps=3, cbs=cbs)
+    assert (tmp_path/'models'/'best.pth').exists()
+
+@pytest.fixture
+def files(tmp_path):
+    for i,(x,y) in enumerate(zip(*images(24))): PILImage.create(x[...,0]).save(tmp_path/f'{y}_{i}.png')
+    return sorted(tmp_path.glob('*.png'))
+
+def label(f): return Path(f).name[0]
+
+@pytest.mark.parametrize('workers', [0,2])
+def test_files(files, tmp_path, workers):
+    "Images decoded one by one, by other processes too"
+    def new(seed):
+        set_seed(seed, reproducible=True)
+        block = DataBlock((MixBlock(lam=0.5), CategoryBlock), get_y=label, splitter=RandomSplitter(0.3, seed=0))
+        learn = mix_learner(block.dataloaders(files, bs=4, num_workers=workers), metrics=accuracy, in_chans=3, path=tmp_path, **TINY)
+        learn.remove_cb(ProgressCallback)
+        learn.logger = noop
+        return learn
+    check_resumed(new, tmp_path/'run', (2,6), every_steps=1)
+
+def test_fastai_loaders(files, tmp_path):
+    "fastai's own loaders, shuffled: between epochs"
+    def new(seed):
+        set_seed(seed, reproducible=True)
+        dls = ImageDataLoaders.from_name_func(tmp_path, files, label, valid_pct=0.3, seed=0, bs=4, num_workers=0)
+        learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy)
+        learn.remove_cb(ProgressCallback)
+        learn.logger = noop
+        return learn
+    check_resumed(new, tmp_path/'run', (2,6), e_ssl=2, e_sl=2)
+    with pytest.raises(ValueError, match="every_steps needs mixfast's own loaders"):
+        new(0).fit_mixtraining(1, 1, checkpoint=tmp_path/'other', every_steps=2)
+
+def test_ended(make, tmp_path):
+    "A fit that had ended trains no more, and is as it was"
+    learn,again = make(),make(seed=5)
+    learn.fit_mixtraining(2, 2, checkpoint=tmp_path/'run')
+    again.fit_mixtraining(2, 2, checkpoint=tmp_path/'run', resume=True)
+    assert same(state(learn.model), state(again.model)) and whole(learn)==whole(again)
+    assert again.model.phase is None and learn.validate()==again.validate()
+    again.fit_sl(1)
+
+def test_every(make, tmp_path):
+    make().fit_mixtraining(3, 4, rho=0, checkpoint=tmp_path/'run', every=3)
+    assert [(o['epoch'],o['iter']) for o in read_index(tmp_path/'run')]==[(7,0),(6,0)]
+
+def test_ctrl_c(make, tmp_path):
+    "The step is finished and saved, what was recorded is there, and the fit can go on"
+    class Press(Callback):
+        def before_batch(self):
+            if self.training and (self.epoch,self.iter)==(1,1): os.kill(os.getpid(), signal.SIGINT)
+    ref = make()
+    ref.fit_mixtraining(2, 2, rho=0.5)
+    learn = make()
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt): learn.fit_mixtraining(2, 2, rho=0.5, checkpoint=tmp_path/'run', cbs=Press())
+    assert signal.getsignal(signal.SIGINT) is before and '_do_fit' not in vars(learn)
+    assert [(o['epoch'],o['iter']) for o in read_index(tmp_path/'run')]==[(1,2),(1,0)] and len(learn.mix.history)==1 and len(learn.recorder.lrs)==5
+    learn.fit_mixtraining(2, 2, rho=0.5, checkpoint=tmp_path/'run', resume=True)
+    assert same(state(learn.model), state(ref.model)) and whole(learn)==whole(ref)
+
+def test_other_settings(make, tmp_path):
+    "What differs is named, and nothing is changed"
+    def new(**kwargs): return make(**{'n':24, **kwargs})
+    new().fit_mixtraining(2, 2, checkpoint=tmp_path/'run')
+    before = state(new().model)
+    for learn,kwargs,says in (
+        (new(), dict(rho=0.6), 'rho was 0.5, and is 0.6'), (new(), dict(alpha=0.4), 'alpha was 0.5'), (new(), dict(recipe=HOT), 'recipe was'),
+        (new(), dict(carry_opt=True), 'carry_opt was False'), (new().to_bf16(), {}, "precision was 'fp32', and is 'bf16'"),
+        (new(n=32), {}, 'valid was|ssl was'), (new(bs=12), {}, 'bs'), (new(embed_dim=64), {}, 'the shape of backbone'), (new(objective=AE), {}, "objective was 'MAE'"),
+        (new(objective=MAE(depth=1)), {}, 'the shape of objective.decoder.blocks.1'), (new(wd_bn_bias=True), {}, 'wd_bn_bias'),
+        (new(dls=mix_dls(images(24), images(9, seed=1), bs=8, seed=3)), {}, 'seed was None, and is 3')):
+        with pytest.raises(ValueError, match=says): learn.fit_mixtraining(2, 2, **{**kwargs, 'checkpoint':tmp_path/'run', 'resume':True})
+    learn = new()
+    with pytest.raises(ValueError, match='has checkpoints of another fit: pass resume=True'): learn.fit_mixtraining(2, 2, checkpoint=tmp_path/'run')
+    with pytest.raises(ValueError, match='resume=True needs checkpoint'): learn.fit_mixtraining(2, 2, resume=True)
+    for k in ('every','every_steps'):
+        with pytest.raises(ValueError, match=f'{k} must be a whole number from 1 up, got 0'): learn.fit_mixtraining(2, 2, checkpoint=tmp_path/'new', **{k:0})
+    assert same(state(learn.model), before) and not (tmp_path/'new').exists()
+
+def test_missing_parts(make, tmp_path):
+    "A checkpoint without its optimizer, or with other weights, is an error that says so"
+    make().fit_mixtraining(2, 2, checkpoint=tmp_path/'run')
+    good = load_state(tmp_path/'run')
+    for k in ('opt','model','settings','recorder','loaders','seed'):
+        save_state(tmp_path/'run', {a:b for a,b in good.items() if a!=k})
+        with pytest.raises(ValueError, match=f'has no {k!r}'): make().fit_mixtraining(2, 2, checkpoint=tmp_path/'run', resume=True)
+
+def test_damaged(make, tmp_path):
+    "The checkpoint before is used, with a warning; where there is none, that is an error"
+    ref = make()
+    ref.fit_mixtraining(2, 2, rho=0)
+    with pytest.raises(RuntimeError): make().fit_mixtraining(2, 2, rho=0, checkpoint=tmp_path/'run', cbs=Die(10))
+    new,old = [tmp_path/'run'/o['file'] for o in read_index(tmp_path/'run')]
+    new.write_bytes(new.read_bytes()[:-1000])
+    learn = make(seed=3)
+    with pytest.warns(UserWarning, match='its checksum is another.*trying the one before'): learn.fit_mixtraining(2, 2, rho=0, checkpoint=tmp_path/'run', resume=True)
+    assert same(state(learn.model), state(ref.model))
+    for f in (tmp_path/'run').glob('*.pt'): f.unlink()
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='none of the checkpoints'): learn.fit_mixtraining(2, 2, rho=0, checkpoint=tmp_path/'run', resume=True)
+    (tmp_path/'run'/INDEX).write_text('[{"file"')
+    with pytest.raises(ValueError, match='is not an index of checkpoints'): learn.fit_mixtraining(2, 2, rho=0, checkpoint=tmp_path/'run', resume=True)
+
+class Evil:
+    def __init__(self, f): self.f = f
+    def __reduce__(self): return open, (self.f,'w')
+
+@pytest.mark.parametrize('where', [pickle.dumps, torch.save])
+def test_nothing_is_executed(tmp_path, where):
+    "A pickle that would open a file, with a checksum that fits"
+    import hashlib, io
+    buf = io.BytesIO()
+    if where is torch.save: torch.save(dict(epoch=1, iter=0, model=Evil(str(tmp_path/'owned'))), buf)
+    else: buf.write(pickle.dumps(Evil(str(tmp_path/'owned'))))
+    (tmp_path/'1-0.pt').write_bytes(buf.getvalue())
+    (tmp_path/INDEX).write_text(json.dumps([dict(file='1-0.pt', sha256=hashlib.sha256(buf.getvalue()).hexdigest())]))
+    with pytest.warns(UserWarning, match='cannot be used'), pytest.raises(ValueError, match='none of the checkpoints'): load_state(tmp_path)
+    assert not (tmp_path/'owned').exists()
+
+def test_names_stay_in_the_folder(tmp_path):
+    save_state(tmp_path/'..'/tmp_path.name, dict(epoch=0, iter=0))
+    index = json.loads((tmp_path/INDEX).read_text())
+    (tmp_path/INDEX).write_text(json.dumps([dict(index[0], file='../../etc/passwd')]))
+    assert read_index(tmp_path)[0]['file']=='passwd'
+
+def test_full_disk(make, tmp_path):
+    "It is noticed before training; and if it fills up later, the earlier checkpoint is still there"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    class Fill(Callback):
+        def before_epoch(self):
+            if self.epoch==2: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        learn = make()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))
+        with pytest.raises(OSError, match='no room for checkpoints of'): learn.fit_mixtraining(2, 2, checkpoint=tmp_path/'run')
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert not list((tmp_path/'run').iterdir()) and not learn.mix.rows
+        with pytest.raises(OSError): learn.fit_mixtraining(2, 2, rho=0, checkpoint=tmp_path/'run', cbs=Fill())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, old)
+    assert [(o['epoch'],o['iter']) for o in read_index(tmp_path/'run')]==[(2,0),(1,0)] and load_state(tmp_path/'run')['epoch']==2
+    learn = make()
+    learn.fit_mixtraining(2, 2, rho=0, checkpoint=tmp_path/'run', resume=True)
+
+def test_small_tmpfs(make, tmp_path):
+    "A real disk that is full"
+    d = tmp_path/'small'
+    d.mkdir()
+    if subprocess.run(['mount','-t','tmpfs','-o','size=300k','tmpfs',str(d)], capture_output=True).returncode: pytest.skip('no tmpfs here')
+    try:
+        with pytest.raises(OSError, match='No space left') as e: check_room(d/'run', 10**6)
+        assert e.value.errno==errno.ENOSPC
+        check_room(d/'run', 10**5)
+        for i in range(2): save_state(d/'run', dict(epoch=i, iter=0, w=torch.zeros(20_000)))
+        (d/'rest').write_bytes(bytes(100_000))
+        with pytest.raises(OSError): save_state(d/'run', dict(epoch=2, iter=0, w=torch.zeros(20_000)))
+        assert load_state(d/'run')['epoch']==1 and not list((d/'run').glob('*.tmp'))
+    finally: subprocess.run(['umount',str(d)], check=True)

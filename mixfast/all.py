@@ -18,12 +18,14 @@ from .data import *
 from .cache import *
 from .datasets import *
 from .callback import *
+from .checkpoint import *
 from .learner import *
+from .hub import * # learn.mix.save_backbone
 from .insight import *
 
 # %% ../nbs/all.ipynb #b927db3e
 _own = '''evaluating features logits layout span restored pair_up to_map to_tokens two_strides as_images blend seeded fits
           phases fit_image decode_image decode_images cache_key open_cache build_cache random_boxes resize_boxes
           cubic_weights rand_ops paper_tfms TINY_URL embed bank_dl
-          cosines last_layer METHODS'''.split()
+          cosines last_layer METHODS INDEX read_index save_state load_state write_atomic fingerprint checkpointing'''.split()
 __all__ = [o for o in globals() if not o.startswith(('_','check_')) and o not in _own]

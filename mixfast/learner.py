@@ -146,7 +146,8 @@ def fit_mixtraining(self:Learner,
     if getattr(self.opt, 'frozen_idx', 0): self.unfreeze()
     r = get_recipe(recipe or ('vit_t' if self.model.layout.kind=='tokens' else 'resnet18'))
     sched = MixScheduler(plan, r.ssl, r.sl, sl_sched)
-    if ckpt: ckpt.begin(self, fit_settings(self, mix, r, sl_sched), resume)
+    self.mix.settings = fit_settings(self, mix, r, sl_sched)
+    if ckpt: ckpt.begin(self, self.mix.settings, resume)
     with restored(self, cbs), checkpointing(self, ckpt):
         self.fit(plan.n_epoch, cbs=[mix,sched]+L(ckpt)+L(cbs), reset_opt=True)
 

@@ -151,7 +151,10 @@ class Checkpoint(Callback):
 # %% ../nbs/06a_checkpoint.ipynb #fc8c359d
 @patch
 def save(self:Checkpoint, epoch, i):
-    "Save the fit as it is before step `i` of `epoch`"
+    "Save the fit as it is before step `i` of `epoch`. Raises `FloatingPointError` if it is not finite."
+    self.mix_training.check_finite()
+    bad = [k for k,v in self.learn.model.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
+    if bad: raise FloatingPointError(f"weights are not finite: {bad[0]}. The last checkpoint in {self.folder} is from before")
     learn,rec,mix,at = self.learn,self.recorder,self.mix,dict(epoch=epoch, iter=i)
     keep = {k: getattr(rec, k) for k in ('lrs','iters','losses','values')}
     grads = {n: p.grad for n,p in learn.model.named_parameters() if p.grad is not None} # that wait to be accumulated

@@ -24,7 +24,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import trainable_params
 import fastai.callback.progress # fastai's progress bar
 
-from .callback import MixRecorder, MixTrainingCallback
+from .callback import MixRecorder, MixTrainingCallback, forget_inf
 from .checkpoint import Checkpoint, checkpointing, fingerprint
 from .data import phase_dl
 from .model import MixModel, fused_adamw, mix_splitter, pair_up
@@ -98,6 +98,7 @@ def restored(learn:Learner, cbs=None):
     finally:
         for o,k,v in old: setattr(o, k, v)
         for cb,run in runs: cb.run = run
+        forget_inf(learn.opt)
         if hasattr(learn, 'progress'): vars(learn.progress).pop('after_batch', None)
         if torch.is_autocast_enabled(dev) and not amp:
             torch.set_autocast_enabled(dev, False)
@@ -127,6 +128,7 @@ def fit_mixtraining(self:Learner,
     recipe=None, # A `Recipe` or the name of one; default: 'vit_t' for token features, 'resnet18' for maps
     sl_sched:str='shared', # 'shared': one warm-up-cosine over mix and SL; 'restart': one for each
     carry_opt:bool=False, # Carry the optimizer's state from the SSL phase into the supervised ones
+    on_nan:str='stop', # What a loss that is not finite does: 'stop' the fit, or 'skip' the step
     cbs=None, # Callbacks, as in any fit
     checkpoint=None, # Folder for checkpoints; None: none are written
     every:int=1, # Epochs between two checkpoints
@@ -138,7 +140,7 @@ def fit_mixtraining(self:Learner,
     check_data(self.dls, plan)
     check_sl_sched(sl_sched)
     if recipe is not None: get_recipe(recipe)
-    mix = MixTrainingCallback(plan, alpha, alpha_sched, carry_opt)
+    mix = MixTrainingCallback(plan, alpha, alpha_sched, carry_opt, on_nan)
     if resume and checkpoint is None: raise ValueError("resume=True needs checkpoint, the folder to resume from")
     ckpt = None if checkpoint is None else Checkpoint(checkpoint, every, every_steps)
     self.to_mix()

@@ -31,7 +31,7 @@ from .schedule import alpha_at, check_alpha
 # %% ../nbs/06_callback.ipynb #1e50a2e9
 def forget_inf(opt):
     "Let a fused optimizer act again, see `guard`"
-    vars(getattr(opt, 'opt', opt)).pop('found_inf', None)
+    if hasattr(getattr(opt, 'opt', None), 'found_inf'): del opt.opt.found_inf
 
 class MixTrainingCallback(Callback):
     "Run the phases of `plan`: the data, the loss and the heads of each"

@@ -197,6 +197,24 @@ def test_killed_and_started_again(tmp_path):
     ids = [record_id(r) for r in read_records(tmp_path)]
     assert len(ids)==len(set(ids))==9
 
+SHARE = RUN.replace("reproduce(list", "ex.POLL = 0.2; reproduce(list")
+
+def test_processes_share_a_table(tmp_path):
+    "No run twice, none lost; those of a process that dies are taken over by the others"
+    cmd = [sys.executable, '-W', 'ignore', '-c', SHARE, tmp_path, Path(__file__).parent]
+    ps = [subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(3)]
+    try:
+        for _ in range(2400):
+            if len(read_records(tmp_path))>=2: break
+            time.sleep(0.05)
+        ps[0].send_signal(signal.SIGKILL)
+        assert [p.wait(timeout=240) for p in ps[1:]]==[0,0]
+    finally:
+        for p in ps: p.kill(); p.wait()
+    recs = read_records(tmp_path)
+    ids = [record_id(r) for r in recs]
+    assert len(ids)==len(set(ids))==9 and len((tmp_path/'tiny.jsonl').read_text().splitlines())==9
+
 def test_report(tmp_path):
     "Means and spreads over seeds, wins as the paper counts, the paper's own figures; studies of our own; scales apart"
     recs = [record(E10['ssl_sl'], s, accuracy=a, seconds=20.) for s,a in enumerate((0.50,0.54))]

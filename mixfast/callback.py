@@ -8,7 +8,7 @@ Docs: https://mixfast.github.io/mixfast/callback.html.md"""
 __all__ = ['forget_inf', 'MixTrainingCallback', 'MixRecorder']
 
 # %% ../nbs/06_callback.ipynb #e53fc4ec
-import math, random, time
+import math, random, time, warnings
 from contextlib import nullcontext
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 
@@ -56,7 +56,7 @@ class MixTrainingCallback(Callback):
         if self.on_nan=='skip' and any(isinstance(cb, GradientAccumulation) for cb in self.cbs):
             raise ValueError("on_nan='skip' cannot take a batch out of gradients that are gathered: use 'stop'")
         self.n_bad = torch.zeros((), dtype=torch.int64, device=next(self.mm.parameters()).device)
-        self.first_bad,self.good = self.n_bad-1,{}
+        self.first_bad,self.good,self.skipped = self.n_bad-1,{},0
 
     def before_epoch(self):
         ph = self.plan[self.epoch]
@@ -108,6 +108,8 @@ def seed_step(self:MixTrainingCallback, i):
 @patch
 def before_batch(self:MixTrainingCallback):
     self.seed_step(self.iter)
+    if self.on_nan=='skip' and self.training:
+        self.buffers = [(b, b.clone()) for b in self.mm.buffers() if b.is_floating_point()]
     self.losses = {}
     if not self.ph.sl and not len(self.learn.yb): self.learn.yb = self.learn.xb
 
@@ -134,29 +136,43 @@ def after_loss(self:MixTrainingCallback):
 # %% ../nbs/06_callback.ipynb #60fe1943
 @patch
 def guard(self:MixTrainingCallback):
-    "Keep the weights from a loss that is not finite"
-    bad,losses = ~torch.isfinite(self.learn.loss.detach().as_subclass(torch.Tensor)),self.losses
+    "Note whether the loss is finite"
+    self.now_bad = bad = ~torch.isfinite(self.learn.loss.detach().as_subclass(torch.Tensor))
+    if self.on_nan=='skip': # what is recorded is the last good loss
+        self.losses = {k: torch.where(bad, self.good.get(k, torch.zeros_like(v)), v.detach()) for k,v in self.losses.items()}
+        self.good,self.learn.loss = self.losses,self.losses['train_loss']
+
+@patch
+def after_backward(self:MixTrainingCallback):
+    "Block the optimizer after a bad loss or bad gradients"
+    bad,scaled = self.now_bad,getattr(getattr(self.learn, 'scaler', None), 'is_enabled', bool)()
+    if not scaled: # the loss scaler of float16 looks at gradients itself
+        norms = torch._foreach_norm([p.grad for p in self.mm.parameters() if p.grad is not None])
+        bad = bad | ~torch.isfinite(torch.stack(norms).sum())
     self.first_bad = torch.where(bad & (self.n_bad==0), len(self.recorder.lrs), self.first_bad)
     self.n_bad = self.n_bad+bad
     block = bad if self.on_nan=='skip' else self.n_bad>0
     if getattr(getattr(self.opt, 'opt', None), 'defaults', {}).get('fused'): self.opt.opt.found_inf = block.float()
-    else: self.block = block
-    if self.on_nan=='skip': # what is recorded is the last good loss
-        self.losses = {k: torch.where(bad, self.good.get(k, torch.zeros_like(v)), v.detach()) for k,v in losses.items()}
-        self.good,self.learn.loss = self.losses,self.losses['train_loss']
+    elif self.on_nan=='stop': self.check_finite() # other optimizers have to ask at each step
+    else: self.block = block and not scaled
+    if self.on_nan=='skip': # statistics of normalisation, and whatever else a forward pass changes
+        for b,old in self.buffers: b.copy_(torch.where(bad, old, b))
 
 @patch
 def before_step(self:MixTrainingCallback):
-    "Other optimizers than fused ones have to ask"
     if getattr(self, 'block', False): raise CancelStepException()
 
 @patch
 def check_finite(self:MixTrainingCallback):
     "Raise `FloatingPointError` if the fit has to stop; count the steps that were skipped in `learn.mix.skipped`"
     n,i,lrs = self.n_bad.item(),self.first_bad.item(),self.recorder.lrs
-    if self.on_nan=='skip': self.mix.skipped = n
+    if self.on_nan=='skip':
+        new,self.skipped = n-self.skipped,n
+        if new>self.n_iter/2: raise FloatingPointError(f"{new} of {self.n_iter} steps of epoch {self.epoch} had to be skipped: "
+            "their loss or gradients were not finite. Try a lower rate or a longer warm-up")
+        if new: warnings.warn(f"{new} of {self.n_iter} steps of epoch {self.epoch} were skipped: not finite")
     elif n: raise FloatingPointError(
-        f"the loss is not finite at step {i} of the fit, in epoch {self.epoch}, in the {self.ph.name} phase, at a learning "
+        f"the loss or its gradient is not finite at step {i} of the fit, in epoch {self.epoch}, in the {self.ph.name} phase, at a learning "
         f"rate of {lrs[min(i, len(lrs)-1)]:.2e}. The weights are those of the step before. Try a lower rate or a longer "
         "warm-up, look at the images, or pass on_nan='skip'.")
 
@@ -212,6 +228,7 @@ def before_fit(self:MixRecorder):
 def after_fit(self:MixRecorder):
     if not (self.active and hasattr(self, 'flags')): return
     for k,v in self.flags.items(): setattr(self.recorder, k, v)
+    self.skipped = self.active.skipped
     if hasattr(self.learn, 'progress'): vars(self.progress).pop('after_batch', None)
 
 @patch

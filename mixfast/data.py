@@ -494,7 +494,8 @@ def mix_dls(
     if sl is None and ssl is None: raise ValueError("pass labelled data as sl=(images, labels), other images as ssl")
     sl,valid,ssl = _stores(sl, valid, ssl, vocab)
     first,stores = sl or ssl,[o for o in (sl,valid,ssl) if o]
-    device = default_device() if device is None else torch.device(device)
+    try: device = default_device() if device is None else torch.device(device)
+    except RuntimeError as e: raise ValueError(f"device must be one that torch knows, got {device!r}") from e
     if on_device or (on_device is None and fits(stores, device)):
         for o in stores: o.to(device)
     tfms,ssl_tfms = get_tfms(tfms, ssl_tfms)

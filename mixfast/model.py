@@ -41,7 +41,9 @@ class MixModel(nn.Module):
         super().__init__()
         check_splittable(backbone)
         x = x.to(next(backbone.parameters()).device)
-        self.backbone,self.layout = backbone,find_layout(backbone, x)
+        try: self.backbone,self.layout = backbone,find_layout(backbone, x)
+        except (RuntimeError, AssertionError) as e: # a patch larger than the image, another number of channels
+            raise ValueError(f"the model cannot take images [B,C,H,W] = {list(x.shape)}: {e}") from e
         self.objective = deepcopy(get_objective(objective, self.layout))
         self.phase = None
         self.objective.setup(backbone, x)

@@ -185,7 +185,7 @@ def stock_fit(
     write_images(w, folder)
     block = DataBlock((ImageBlock,CategoryBlock), get_items=get_image_files, get_y=parent_label,
                       splitter=GrandparentSplitter(), batch_tfms=[Flip(), Normalize()])
-    dls = block.dataloaders(folder)
+    dls = block.dataloaders(folder, bs=w.bs)
     def fit():
         m = w.vit()
         ssl = Learner(dls, _SSL(m, MAE()), loss_func=lambda loss,_: loss)

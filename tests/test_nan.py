@@ -7,7 +7,7 @@ from mixfast.checkpoint import read_index
 from conftest import HOT, same, state
 
 class Poison(Callback):
-    "Make the loss of one training step nan, and of the second inf; remember the weights before it"
+    "Make the loss of one training step nan, and of the next one inf; remember the weights before it"
     order = -10
     def __init__(self, epoch, i): self.at,self.n,self.seen = (epoch, i),0,[]
     def before_batch(self):
@@ -33,14 +33,41 @@ def test_stop(make, tmp_path, epoch, phase, kwargs):
 @pytest.mark.parametrize('kwargs', [{}, dict(opt_func=SGD)])
 def test_skip(make, kwargs):
     "Two steps are skipped and counted; the rest is trained, and what is recorded is finite"
-    learn,cb = make(**kwargs),Poison(2, 1)
+    learn,cb = make(n=40, **kwargs),Poison(2, 1)
     learn.fit_mixtraining(4, 4, rho=0.5, recipe=HOT, cbs=cb, on_nan='skip')
     h = learn.mix.history
     assert learn.mix.skipped==2 and h.train_loss.notna().all() and h.sl_loss[2:].notna().all()
     assert all(v.isfinite().all() for v in state(learn.model).values()) and not same(state(learn.model), cb.before)
     assert all(o.isfinite() for o in learn.recorder.losses)
     opt = learn.opt.opt
-    if not kwargs: assert {int(opt.state[p]['step']) for p in learn.model.backbone.parameters()}=={12-2} # those skipped do not count
+    if not kwargs: assert {int(opt.state[p]['step']) for p in learn.model.backbone.parameters()}=={20-2} # those skipped do not count
+
+def test_gradients_that_are_not_finite(make):
+    "A finite loss with them does no harm either"
+    class Break(Callback):
+        order,run_valid = -10,False
+        def after_backward(self):
+            if (self.epoch,self.iter)==(2,1): next(self.model.backbone.parameters()).grad[...] = float('nan')
+    for on_nan in ('stop','skip'):
+        learn = make()
+        if on_nan=='stop':
+            with pytest.raises(FloatingPointError, match='the loss or its gradient is not finite at step 7'): learn.fit_mixtraining(4, 4, rho=0.5, on_nan=on_nan, cbs=Break())
+        else:
+            with pytest.warns(UserWarning, match='1 of 3 steps of epoch 2 were skipped'): learn.fit_mixtraining(4, 4, rho=0.5, on_nan=on_nan, cbs=Break())
+        assert all(v.isfinite().all() for v in state(learn.model).values())
+
+def test_skipping_ends(make):
+    "Where most steps of an epoch are bad"
+    class Always(Callback):
+        order,run_valid = -10,False
+        def before_batch(self): self.learn.xb = (self.xb[0]*float('inf'),)
+    with pytest.raises(FloatingPointError, match='3 of 3 steps of epoch 0 had to be skipped'): make().fit_mixtraining(2, 2, on_nan='skip', cbs=Always())
+
+def test_statistics_of_batchnorm(make):
+    "They are left out with the step"
+    learn = make(n=40, arch='resnet10t', size=32, c=3)
+    with pytest.warns(UserWarning, match='were skipped'): learn.fit_mixtraining(2, 2, on_nan='skip', cbs=Poison(1, 1))
+    assert all(v.isfinite().all() for v in state(learn.model).values()) and learn.mix.history.valid_loss.notna().all()
 
 def test_bad_arguments(make):
     with pytest.raises(ValueError, match="on_nan must be 'stop' or 'skip', got 'ignore'"): make().fit_mixtraining(2, 2, on_nan='ignore')

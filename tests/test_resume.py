@@ -2,8 +2,8 @@
 import errno, json, os, pickle, random, resource, signal, subprocess, sys, warnings
 from pathlib import Path
 import numpy as np, pytest, torch
-from fastai.vision.all import (Callback, CategoryBlock, DataBlock, GradientAccumulation, ImageBlock, ImageDataLoaders, PILImage, ProgressCallback,
-    RandomSplitter, SaveModelCallback, accuracy, noop, resnet18, set_seed, vision_learner)
+from fastai.vision.all import (Adam, AvgMetric, Callback, CancelEpochException, CategoryBlock, DataBlock, GradientAccumulation, ImageBlock, ImageDataLoaders, Metric, PILImage, ProgressCallback,
+    RandomSplitter, SGD, SaveModelCallback, accuracy, noop, ranger, resnet18, set_seed, vision_learner)
 from mixfast.all import AE, BatchFlip, MAE, MixBlock, mix_dls, mix_learner
 from mixfast.checkpoint import INDEX, check_room, load_state, read_index, save_state, write_atomic
 from conftest import HOT, TINY, images, same, state
@@ -22,7 +22,7 @@ def whole(learn):
     "All that a fit leaves behind, its seconds apart"
     rec = learn.recorder
     rows = [{k:v for k,v in r.items() if 'seconds' not in k} for r in learn.mix.rows]
-    return json.dumps([rows, rec.lrs, rec.iters, [o.item() for o in rec.losses], learn.mix.sched], default=float)
+    return json.dumps([rows, rec.lrs, rec.iters, [o.item() for o in rec.losses], learn.mix.sched], default=lambda o: np.asarray(o).tolist())
 
 def check_resumed(new, folder, deaths, every_steps=None, **kwargs):
     "`new`, a function of a seed that makes a learner, fits once in peace, and once with `deaths`, from other seeds"
@@ -47,7 +47,7 @@ def test_kill_9(tmp_path):
         for i,(event,n) in enumerate(traps):
             assert not kills.child(lambda: kills.fit(folder, kills.Trap(event, n), i)), (event,n)
         assert kills.child(lambda: kills.fit(folder, seed=9)) and (folder/'digest').read_text()==want, traps
-        assert sorted(f.suffix for f in folder.iterdir())==['','.json','.pt','.pt']
+        assert sorted(f.suffix for f in folder.glob('[!.]*'))==['','.json','.pt','.pt']
 
 @pytest.mark.parametrize('kwargs', [dict(objective=MAE(drop='mix')), dict(arch='resnet10t', size=32, c=3, objective=AE), dict(drop_path_rate=0.3)])
 def test_models(make, tmp_path, kwargs):
@@ -102,6 +102,62 @@ def test_ended(make, tmp_path):
     assert again.model.phase is None and learn.validate()==again.validate()
     again.fit_sl(1)
 
+def test_with_a_progress_bar(make, tmp_path):
+    "fastai's, which has to begin at 0"
+    def new(seed):
+        learn = make(seed=seed)
+        return learn.add_cb(ProgressCallback())
+    check_resumed(new, tmp_path/'run', (4,9,7), every_steps=2)
+
+@pytest.mark.parametrize('opt_func', [Adam, SGD, ranger])
+def test_optimizers_of_fastai(make, tmp_path, opt_func):
+    check_resumed(lambda seed: make(seed=seed, opt_func=opt_func), tmp_path/'run', (4,8))
+
+def test_skipped_steps_are_remembered(make, tmp_path):
+    class Poison(Callback):
+        order,run_valid = -10,False
+        def before_batch(self):
+            if (self.epoch,self.iter) in ((0,1),(2,0)): self.learn.xb = (self.xb[0]*float('nan'),)
+    learn = check_resumed(lambda seed: make(seed=seed, n=40), tmp_path/'run', (3,9), every_steps=2, on_nan='skip', cbs=lambda: [Poison()])
+    assert learn.mix.skipped==2
+
+def test_metrics_of_any_kind(make, tmp_path):
+    "An array by class is saved as numbers; what cannot be saved is an error at the first checkpoint"
+    def by_class(pred, y): return np.ones(3)
+    class Odd(Metric):
+        def reset(self): pass
+        def accumulate(self, learn): pass
+        value = property(lambda self: object())
+    new = lambda metric: lambda seed: make(seed=seed, metrics=[accuracy, metric])
+    check_resumed(new(AvgMetric(by_class)), tmp_path/'run', (4,8))
+    with pytest.raises(TypeError, match='a checkpoint holds tensors, numbers and strings, not a object'): new(Odd())(0).fit_mixtraining(2, 2, checkpoint=tmp_path/'odd')
+    learn = make()
+    learn.recorder.train_metrics = True
+    with pytest.raises(ValueError, match='every_steps cannot save what train_metrics'): learn.fit_mixtraining(2, 2, checkpoint=tmp_path/'train', every_steps=2)
+
+def test_other_files_in_the_folder_stay(make, tmp_path):
+    names = 'vit-best.pt','notes.tmp','0-1.pt'
+    for n in names: (tmp_path/n).write_text('mine')
+    (tmp_path/'00001-000000.pt.123.tmp').write_text('left behind')
+    make().fit_mixtraining(3, 3, checkpoint=tmp_path)
+    assert all((tmp_path/n).read_text()=='mine' for n in names) and not (tmp_path/'00001-000000.pt.123.tmp').exists()
+
+def test_one_fit_a_folder(make, tmp_path):
+    from filelock import FileLock
+    (tmp_path/'run').mkdir()
+    with FileLock(tmp_path/'run'/'.lock'), pytest.raises(ValueError, match='another process is writing checkpoints'): make().fit_mixtraining(2, 2, checkpoint=tmp_path/'run')
+    make().fit_mixtraining(2, 2, checkpoint=tmp_path/'run')
+
+def test_an_epoch_that_is_cancelled(make, tmp_path):
+    "After a resume within it, the next one is whole"
+    class Cancel(Callback):
+        def before_batch(self):
+            if self.training and (self.epoch,self.iter)==(0,2): raise CancelEpochException()
+    learn = make(n=40)
+    with pytest.raises(RuntimeError): learn.fit_mixtraining(2, 2, rho=0, checkpoint=tmp_path/'run', every_steps=2, cbs=Die(2))
+    learn.fit_mixtraining(2, 2, rho=0, checkpoint=tmp_path/'run', every_steps=2, resume=True, cbs=Cancel())
+    assert len(learn.recorder.lrs)==2+3*5
+
 def test_every(make, tmp_path):
     make().fit_mixtraining(3, 4, rho=0, checkpoint=tmp_path/'run', every=3)
     assert [(o['epoch'],o['iter']) for o in read_index(tmp_path/'run')]==[(7,0),(6,0)]
@@ -138,6 +194,7 @@ def test_other_settings(make, tmp_path):
     with pytest.raises(ValueError, match='resume=True needs checkpoint'): learn.fit_mixtraining(2, 2, resume=True)
     for k in ('every','every_steps'):
         with pytest.raises(ValueError, match=f'{k} must be a whole number from 1 up, got 0'): learn.fit_mixtraining(2, 2, checkpoint=tmp_path/'new', **{k:0})
+    with pytest.raises(ValueError, match='sl_tfms was'): new(dls=mix_dls(images(24), images(9, seed=1), bs=8, tfms=[BatchFlip()])).fit_mixtraining(2, 2, checkpoint=tmp_path/'run', resume=True)
     assert same(state(learn.model), before) and not (tmp_path/'new').exists()
 
 def test_missing_parts(make, tmp_path):
@@ -197,7 +254,7 @@ def test_full_disk(make, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))
         with pytest.raises(OSError, match='no room for checkpoints of'): learn.fit_mixtraining(2, 2, checkpoint=tmp_path/'run')
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        assert not list((tmp_path/'run').iterdir()) and not learn.mix.rows
+        assert not list((tmp_path/'run').glob('[!.]*')) and not learn.mix.rows
         with pytest.raises(OSError): learn.fit_mixtraining(2, 2, rho=0, checkpoint=tmp_path/'run', cbs=Fill())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

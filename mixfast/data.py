@@ -425,7 +425,9 @@ def test_dl(self:MixDataLoaders, test_items, rm_type_tfms=None, with_labels=Fals
 
 # %% ../nbs/04_data.ipynb #2375d801
 def _vocab(labelled, vocab):
-    "The class names: `vocab`, or the numbers up to the highest label"
+    "The class names: `vocab`, or the numbers up to the highest label. Raises `TypeError` if they are not names."
+    if isinstance(vocab, (str,bytes)) or not (vocab is None or hasattr(vocab, '__iter__')):
+        raise TypeError(f"vocab must be a list of class names, got {vocab!r}")
     if vocab is not None or labelled is None: return list(() if vocab is None else vocab)
     y = np.asarray(labelled[1])
     return [str(i) for i in range(int(y.max())+1)] if y.size and y.dtype.kind in 'iu' else []
@@ -441,7 +443,8 @@ def check_tfms(tfms, x, name):
 
 def check_stats(stats, c):
     "Raise unless `stats` are the mean and standard deviation of each of `c` channels"
-    m,s = [np.asarray(o, dtype=float).reshape(-1) for o in stats]
+    try: m,s = [np.asarray(o, dtype=float).reshape(-1) for o in stats]
+    except (TypeError, ValueError): raise ValueError(f"stats must be (means, standard deviations > 0), got {stats!r}") from None
     if not (len(m)==len(s)==c and np.isfinite(m).all() and (s>0).all()):
         raise ValueError(f"stats must be (means, standard deviations > 0) of {c} channels, got {stats}")
     return m,s
@@ -450,7 +453,9 @@ def check_stats(stats, c):
 def _stores(sl, valid, ssl, vocab):
     "`ImageStore`s of what is not None; the images for SSL made like the labelled ones"
     for n,o in (('sl',sl), ('valid',valid)):
-        if o is not None and len(o)!=2: raise ValueError(f"{n} must be a pair (images, labels), got {len(o)} things")
+        if o is None: continue
+        if not isinstance(o, (tuple,list)): raise TypeError(f"{n} must be a pair (images, labels), got a {type(o).__name__}")
+        if len(o)!=2: raise ValueError(f"{n} must be a pair (images, labels), got {len(o)} things")
     vocab = _vocab(sl or valid, vocab)
     sl,valid = [o and ImageStore(*o, vocab, name=n) for n,o in (('sl',sl), ('valid',valid))]
     if ssl is not None: ssl = ImageStore(ssl, vocab=vocab, name='ssl')
@@ -495,7 +500,8 @@ def mix_dls(
     sl,valid,ssl = _stores(sl, valid, ssl, vocab)
     first,stores = sl or ssl,[o for o in (sl,valid,ssl) if o]
     try: device = default_device() if device is None else torch.device(device)
-    except RuntimeError as e: raise ValueError(f"device must be one that torch knows, got {device!r}") from e
+    except (RuntimeError, TypeError) as e: raise ValueError(f"device must be one that torch knows, got {device!r}") from e
+    if device.type=='cuda' and not torch.cuda.is_available(): raise ValueError(f"device is {device}, but there is no GPU")
     if on_device or (on_device is None and fits(stores, device)):
         for o in stores: o.to(device)
     tfms,ssl_tfms = get_tfms(tfms, ssl_tfms)

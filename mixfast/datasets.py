@@ -23,6 +23,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 
 from .cache import load_files
+from .data import check_seed
 
 # %% ../nbs/05_datasets.ipynb #cb336639
 ImageData = namedtuple('ImageData', 'train valid vocab')
@@ -231,10 +232,11 @@ def few_labels(
     seed:int=42, # Of the draw: the same seed gives every method the same images
 )->np.ndarray: # int64 [n*classes], indices into `y`
     "Draw `n` indices of each class. Raises `ValueError` if a class has fewer."
-    y,rng = np.asarray(y),np.random.default_rng(seed)
+    y,rng = np.asarray(y),np.random.default_rng(check_seed(seed))
+    if y.ndim!=1 or not y.size: raise ValueError(f"y must be labels [N], got {y}")
     classes,counts = np.unique(y, return_counts=True)
-    if not 1<=n<=counts.min():
-        raise ValueError(f"n must lie in 1..{counts.min()}, the size of the smallest class, got {n}")
+    if not isinstance(n, Integral) or not 1<=n<=counts.min():
+        raise ValueError(f"n must lie in 1..{counts.min()}, the size of the smallest class, got {n!r}")
     return np.concatenate([rng.permutation(np.flatnonzero(y==c))[:n] for c in classes])
 
 def fraction(
@@ -274,8 +276,10 @@ def noisy_labels(
 )->np.ndarray: # int64 [N]
     "Labels of which each is, with probability `q`, any other one"
     y = np.asarray(y)
+    if y.ndim!=1 or not y.size or y.dtype.kind not in 'iu' or y.min()<0: raise ValueError(f"y must be whole class numbers from 0 up, got {y}")
     c = int(y.max())+1 if c is None else c
     if not isinstance(q, Real) or not 0<=q<=1: raise ValueError(f"q must lie in [0,1], got {q!r}")
-    if c<=max(y.max(), 1): raise ValueError(f"c must be more than the highest label, and 2 or more, got {c}")
-    rng = np.random.default_rng(seed)
+    if not isinstance(c, Integral) or c<=max(y.max(), 1):
+        raise ValueError(f"c must be more than the highest label, and 2 or more, got {c!r}")
+    rng = np.random.default_rng(check_seed(seed))
     return np.where(rng.random(len(y))<q, (y+rng.integers(1, c, len(y)))%c, y)

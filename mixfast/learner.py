@@ -194,7 +194,9 @@ def create_backbone(
     fixed = getattr(timm.get_pretrained_cfg(arch), 'fixed_input_size', False)
     kwargs = {k:v for k,v in kwargs.items() if v is not None and (fixed or k!='img_size')}
     size = dict(img_size=tuple(x.shape[-2:])) if fixed else {}
-    return timm.create_model(arch, **{'in_chans':x.shape[1], **size, **kwargs})
+    kwargs = {'in_chans':x.shape[1], **size, **kwargs}
+    try: return timm.create_model(arch, **kwargs)
+    except Exception as e: raise ValueError(f"timm cannot build {arch} from {kwargs}: {e}") from e
 
 # %% ../nbs/07_learner.ipynb #49ae86fc
 def mix_learner(

@@ -13,6 +13,7 @@ __all__ = ['objectives', 'features', 'logits', 'check_splittable', 'body', 'Layo
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch, torch.nn.functional as F
@@ -192,7 +193,11 @@ class MAE(Objective):
         drop=False, # Encode the visible patches alone: never, in the SSL phase (True), or in the mix phase too ('mix')
     ):
         super().__init__()
-        if not 0<mask_ratio<1: raise ValueError(f"mask_ratio must lie between 0 and 1, got {mask_ratio}")
+        if not isinstance(mask_ratio, Real) or not 0<mask_ratio<1:
+            raise ValueError(f"mask_ratio must lie between 0 and 1, got {mask_ratio!r}")
+        for k,v,lo in (('depth',depth,0), ('dim',dim,4), ('heads',heads,1)):
+            if not (isinstance(v, Integral) and v>=lo or v is None and lo):
+                raise ValueError(f"{k} must be a whole number from {lo} up, got {v!r}")
         if drop not in (False,True,'mix'): raise ValueError(f"drop must be False, True or 'mix', got {drop!r}")
         self.mask_ratio,self.depth,self.dim,self.heads,self.drop = mask_ratio,depth,dim,heads,drop
 

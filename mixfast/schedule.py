@@ -11,6 +11,7 @@ __all__ = ['alpha_scheds', 'sl_scheds', 'warmup_cosine', 'check_alpha', 'alpha_a
 # %% ../nbs/01_schedule.ipynb #fddfd34c
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 from fastai.callback.core import Callback
 from fastai.torch_core import num_distrib
@@ -56,10 +57,12 @@ class Hypers:
     wd:float=0.05            # Decoupled weight decay
 
     def __post_init__(self):
+        if not isinstance(self.betas, (tuple,list)) or len(self.betas)!=2:
+            raise ValueError(f"betas must be two numbers in [0,1], got {self.betas!r}")
         check_unit(warmup=self.warmup, **{f'betas[{i}]':b for i,b in enumerate(self.betas)})
         for k in ('lr','wd'):
             v = getattr(self, k)
-            if not (v>=0 and math.isfinite(v)): raise ValueError(f"{k} must be a finite number, 0 or more, got {v}")
+            if not (isinstance(v, Real) and v>=0 and math.isfinite(v)): raise ValueError(f"{k} must be a finite number, 0 or more, got {v}")
 
 # %% ../nbs/01_schedule.ipynb #a69a16d7
 sl_scheds = ('shared', 'restart')

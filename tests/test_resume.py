@@ -162,7 +162,14 @@ def test_every(make, tmp_path):
     make().fit_mixtraining(3, 4, rho=0, checkpoint=tmp_path/'run', every=3)
     assert [(o['epoch'],o['iter']) for o in read_index(tmp_path/'run')]==[(7,0),(6,0)]
 
-def test_ctrl_c(make, tmp_path):
+@pytest.fixture
+def sigint():
+    "Ctrl-C means what it usually does, also where the tests run in the background"
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
+
+def test_ctrl_c(make, tmp_path, sigint):
     "The step is finished and saved, what was recorded is there, and the fit can go on"
     class Press(Callback):
         def before_batch(self):

@@ -426,7 +426,7 @@ def test_dl(self:MixDataLoaders, test_items, rm_type_tfms=None, with_labels=Fals
 # %% ../nbs/04_data.ipynb #2375d801
 def _vocab(labelled, vocab):
     "The class names: `vocab`, or the numbers up to the highest label. Raises `TypeError` if they are not names."
-    if isinstance(vocab, (str,bytes)) or not (vocab is None or hasattr(vocab, '__iter__')):
+    if not (vocab is None or hasattr(vocab, '__iter__')):
         raise TypeError(f"vocab must be a list of class names, got {vocab!r}")
     if vocab is not None or labelled is None: return list(() if vocab is None else vocab)
     y = np.asarray(labelled[1])
@@ -454,7 +454,7 @@ def _stores(sl, valid, ssl, vocab):
     "`ImageStore`s of what is not None; the images for SSL made like the labelled ones"
     for n,o in (('sl',sl), ('valid',valid)):
         if o is None: continue
-        if not isinstance(o, (tuple,list)): raise TypeError(f"{n} must be a pair (images, labels), got a {type(o).__name__}")
+        if not isinstance(o, (tuple,list)): raise ValueError(f"{n} must be a pair (images, labels), got a {type(o).__name__}")
         if len(o)!=2: raise ValueError(f"{n} must be a pair (images, labels), got {len(o)} things")
     vocab = _vocab(sl or valid, vocab)
     sl,valid = [o and ImageStore(*o, vocab, name=n) for n,o in (('sl',sl), ('valid',valid))]

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .data import phase_dl
 from .experiments import device_name, peak_bytes, reset_peak, versions
-from .peers import Work, bare_fit, lightly_fit, mixfast_fit, mixfast_learner, stock_fit
+from .peers import Work, bare_fit, lightly_fit, mixfast_fit, mixfast_learner, now, stock_fit
 
 # %% ../nbs/11_bench.ipynb #4788fa7b
 RHOS = 0, 0.25, 0.5, 0.75, 1
@@ -43,11 +43,9 @@ def contenders(
 # %% ../nbs/11_bench.ipynb #25beb0fb
 def timed(f, dev):
     "Seconds that `f` takes, what it started on a GPU included"
-    if dev.type=='cuda': torch.cuda.synchronize()
-    t = time.perf_counter()
+    t = now(dev)
     f()
-    if dev.type=='cuda': torch.cuda.synchronize()
-    return time.perf_counter()-t
+    return now(dev)-t
 
 def in_turns(
     fits:dict, # Of `contenders`

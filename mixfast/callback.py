@@ -139,7 +139,8 @@ def guard(self:MixTrainingCallback):
     "Note whether the loss is finite"
     self.now_bad = bad = ~torch.isfinite(self.learn.loss.detach().as_subclass(torch.Tensor))
     if self.on_nan=='skip': # what is recorded is the last good loss
-        self.losses = {k: torch.where(bad, self.good.get(k, torch.zeros_like(v)), v.detach()) for k,v in self.losses.items()}
+        self.losses = {k: torch.where(bad, self.good.get(k, torch.zeros_like(v)), v.detach())
+                       for k,v in self.losses.items()}
         self.good,self.learn.loss = self.losses,self.losses['train_loss']
 
 @patch
@@ -168,7 +169,8 @@ def check_finite(self:MixTrainingCallback):
     n,i,lrs = self.n_bad.item(),self.first_bad.item(),self.recorder.lrs
     if self.on_nan=='skip':
         new,self.skipped = n-self.skipped,n
-        if new>self.n_iter/2: raise FloatingPointError(f"{new} of {self.n_iter} steps of epoch {self.epoch} had to be skipped: "
+        if new>self.n_iter/2: raise FloatingPointError(
+            f"{new} of {self.n_iter} steps of epoch {self.epoch} had to be skipped: "
             "their loss or gradients were not finite. Try a lower rate or a longer warm-up")
         if new: warnings.warn(f"{new} of {self.n_iter} steps of epoch {self.epoch} were skipped: not finite")
     elif n: raise FloatingPointError(

@@ -444,7 +444,8 @@ def check_tfms(tfms, x, name):
 def check_stats(stats, c):
     "Raise unless `stats` are the mean and standard deviation of each of `c` channels"
     try: m,s = [np.asarray(o, dtype=float).reshape(-1) for o in stats]
-    except (TypeError, ValueError): raise ValueError(f"stats must be (means, standard deviations > 0), got {stats!r}") from None
+    except (TypeError, ValueError):
+        raise ValueError(f"stats must be (means, standard deviations > 0), got {stats!r}") from None
     if not (len(m)==len(s)==c and np.isfinite(m).all() and (s>0).all()):
         raise ValueError(f"stats must be (means, standard deviations > 0) of {c} channels, got {stats}")
     return m,s
@@ -454,7 +455,8 @@ def _stores(sl, valid, ssl, vocab):
     "`ImageStore`s of what is not None; the images for SSL made like the labelled ones"
     for n,o in (('sl',sl), ('valid',valid)):
         if o is None: continue
-        if not isinstance(o, (tuple,list)): raise ValueError(f"{n} must be a pair (images, labels), got a {type(o).__name__}")
+        if not isinstance(o, (tuple,list)):
+            raise ValueError(f"{n} must be a pair (images, labels), got a {type(o).__name__}")
         if len(o)!=2: raise ValueError(f"{n} must be a pair (images, labels), got {len(o)} things")
     vocab = _vocab(sl or valid, vocab)
     sl,valid = [o and ImageStore(*o, vocab, name=n) for n,o in (('sl',sl), ('valid',valid))]
@@ -501,7 +503,8 @@ def mix_dls(
     first,stores = sl or ssl,[o for o in (sl,valid,ssl) if o]
     try: device = default_device() if device is None else torch.device(device)
     except (RuntimeError, TypeError) as e: raise ValueError(f"device must be one that torch knows, got {device!r}") from e
-    if device.type=='cuda' and not torch.cuda.is_available(): raise ValueError(f"device is {device}, but there is no GPU")
+    if device.type=='cuda' and not torch.cuda.is_available():
+        raise ValueError(f"device is {device}, but there is no GPU")
     if on_device or (on_device is None and fits(stores, device)):
         for o in stores: o.to(device)
     tfms,ssl_tfms = get_tfms(tfms, ssl_tfms)

@@ -276,7 +276,8 @@ def noisy_labels(
 )->np.ndarray: # int64 [N]
     "Labels of which each is, with probability `q`, any other one"
     y = np.asarray(y)
-    if y.ndim!=1 or not y.size or y.dtype.kind not in 'iu' or y.min()<0: raise ValueError(f"y must be whole class numbers from 0 up, got {y}")
+    if y.ndim!=1 or not y.size or y.dtype.kind not in 'iu' or y.min()<0:
+        raise ValueError(f"y must be whole class numbers from 0 up, got {y}")
     c = int(y.max())+1 if c is None else c
     if not isinstance(q, Real) or not 0<=q<=1: raise ValueError(f"q must lie in [0,1], got {q!r}")
     if not isinstance(c, Integral) or c<=max(y.max(), 1):

@@ -115,13 +115,14 @@ def fit_settings(learn:Learner, mix:MixTrainingCallback, recipe:Recipe, sl_sched
     "All settings of a fit by name, as JSON can hold them"
     p,dls,o,amp = mix.plan,learn.dls,learn.model.objective,getattr(learn, 'mixed_precision', None)
     opt = learn.opt_func(learn.splitter(learn.model), lr=0.)
-    fit = {k: getattr(p, k) for k in ('e_ssl','e_sl','rho')} | {k: getattr(mix, k) for k in ('alpha','alpha_sched','carry_opt')}
+    fit = {k: getattr(p, k) for k in ('e_ssl','e_sl','rho')}
+    fit |= {k: getattr(mix, k) for k in ('alpha','alpha_sched','carry_opt')}
     objective = dict(objective=type(o).__name__) | {k: getattr(o, k, None) for k in ('mask_ratio','drop')}
     data = {k: getattr(dls, k, None) for k in ('seed','lam')} | dict(valid=fingerprint(dls.valid))
     data |= {n: fingerprint(phase_dl(dls, n)) for n in ('ssl','mix','sl')}
     tfms = {f'{n}_tfms': repr(tfms_of(phase_dl(dls, n))) for n in ('ssl','sl')}
-    return dict(**fit, sl_sched=sl_sched, recipe=asdict(recipe), **objective, optimizer=type(getattr(opt, 'opt', opt)).__name__,
-                precision=amp.amp_mode.value if amp else 'fp32', wd_bn_bias=learn.wd_bn_bias,
+    return dict(**fit, sl_sched=sl_sched, recipe=asdict(recipe), **objective,
+                optimizer=type(getattr(opt, 'opt', opt)).__name__, precision=amp.amp_mode.value if amp else 'fp32', wd_bn_bias=learn.wd_bn_bias,
                 loss=type(learn.loss_func).__name__, **data, **tfms)
 
 # %% ../nbs/07_learner.ipynb #dcbe0af8
@@ -190,7 +191,8 @@ def create_backbone(
         extra = [k for k,v in kwargs.items() if v is not None and k!='num_classes']
         if extra: raise TypeError(f"{extra} are for timm.create_model: pass the name of a model, or leave them out")
         return arch
-    if not timm.is_model(arch): raise ValueError(f"arch must be the name of a timm model (timm.list_models), got {arch!r}")
+    if not timm.is_model(arch):
+        raise ValueError(f"arch must be the name of a timm model (timm.list_models), got {arch!r}")
     fixed = getattr(timm.get_pretrained_cfg(arch), 'fixed_input_size', False)
     kwargs = {k:v for k,v in kwargs.items() if v is not None and (fixed or k!='img_size')}
     size = dict(img_size=tuple(x.shape[-2:])) if fixed else {}

@@ -62,7 +62,8 @@ class Hypers:
         check_unit(warmup=self.warmup, **{f'betas[{i}]':b for i,b in enumerate(self.betas)})
         for k in ('lr','wd'):
             v = getattr(self, k)
-            if not (isinstance(v, Real) and v>=0 and math.isfinite(v)): raise ValueError(f"{k} must be a finite number, 0 or more, got {v}")
+            if not (isinstance(v, Real) and v>=0 and math.isfinite(v)):
+                raise ValueError(f"{k} must be a finite number, 0 or more, got {v}")
 
 # %% ../nbs/01_schedule.ipynb #a69a16d7
 sl_scheds = ('shared', 'restart')

@@ -122,7 +122,8 @@ def fit_settings(learn:Learner, mix:MixTrainingCallback, recipe:Recipe, sl_sched
     data |= {n: fingerprint(phase_dl(dls, n)) for n in ('ssl','mix','sl')}
     tfms = {f'{n}_tfms': repr(tfms_of(phase_dl(dls, n))) for n in ('ssl','sl')}
     return dict(**fit, sl_sched=sl_sched, recipe=asdict(recipe), **objective,
-                optimizer=type(getattr(opt, 'opt', opt)).__name__, precision=amp.amp_mode.value if amp else 'fp32', wd_bn_bias=learn.wd_bn_bias,
+                optimizer=type(getattr(opt, 'opt', opt)).__name__, precision=amp.amp_mode.value if amp else 'fp32',
+                wd_bn_bias=learn.wd_bn_bias,
                 loss=type(learn.loss_func).__name__, **data, **tfms)
 
 # %% ../nbs/07_learner.ipynb #dcbe0af8

@@ -23,6 +23,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import find_bs, to_detach
 
 from .data import SeededDL, check_seed, phase_dl
+from .distributed import first, ranks, shared, summed
 from .model import MixModel, MixOutput, no_decay
 from .objective import evaluating
 from .phases import MixPlan, phase_colors
@@ -49,7 +50,8 @@ class MixTrainingCallback(Callback):
         self.on_nan = on_nan
 
     def before_fit(self):
-        self.mm,self.sl_loss,self.ph,self.seed = self.learn.model,self.learn.loss_func,None,check_seed(None)
+        self.mm,self.sl_loss,self.ph = self.learn.model,self.learn.loss_func,None
+        (self.rank,self.world),self.seed = ranks(self.learn),first(self.learn, lambda: check_seed(None))
         if not isinstance(self.mm, MixModel): raise TypeError("the model must be a MixModel: call learn.to_mix() first")
         if not (self.wd_bn_bias or isinstance(self.opt, OptimWrapper)): # fastai's own optimizers: decay by parameter
             for p in no_decay(self.mm): self.opt.state[p]['do_wd'] = False
@@ -100,10 +102,11 @@ def before_validate(self:MixTrainingCallback): self.seed_step(-1)
 @patch
 def seed_step(self:MixTrainingCallback, i):
     "What is random from here on, masks and dropout and the order of fastai's own loaders, depends on the place alone"
-    s = int(np.random.SeedSequence([self.seed, self.epoch, self.training, i+1]).generate_state(1)[0])
+    key = self.seed, self.epoch, self.training, i+1, *[self.rank]*(self.rank>0)
+    s = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(s); np.random.seed(s); torch.default_generator.manual_seed(s)
     if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(s)
-    if i<0 and not isinstance(self.learn.dl, SeededDL): self.learn.dl.rng.seed(s)
+    if i<0 and not isinstance(self.learn.dl, SeededDL): getattr(self.learn.dl, 'dl', self.learn.dl).rng.seed(s)
 
 @patch
 def before_batch(self:MixTrainingCallback):
@@ -150,6 +153,7 @@ def after_backward(self:MixTrainingCallback):
     if not scaled: # the loss scaler of float16 looks at gradients itself
         norms = torch._foreach_norm([p.grad for p in self.mm.parameters() if p.grad is not None])
         bad = bad | ~torch.isfinite(torch.stack(norms).sum())
+    if self.world>1: bad = summed(bad.int())>0 # in any of the processes
     self.first_bad = torch.where(bad & (self.n_bad==0), len(self.recorder.lrs), self.first_bad)
     self.n_bad = self.n_bad+bad
     block = bad if self.on_nan=='skip' else self.n_bad>0
@@ -254,7 +258,8 @@ class SmoothLoss(AvgSmoothLoss):
     "fastai's smoothed loss, on the device that the loss is on"
     def accumulate(self, learn):
         self.count += 1
-        loss = to_detach(learn.loss.mean(), cpu=False)
+        loss,n = to_detach(learn.loss.mean(), cpu=False, gather=False),learn.mix_training.world
+        if n>1: loss = summed(loss)/n
         self.val = torch.lerp(loss, self.val.to(loss), self.beta)
 
 class Late:
@@ -267,7 +272,7 @@ def show_progress(self:MixRecorder):
     "What fastai's `ProgressCallback` does after a batch"
     bar = self.progress.pbar
     def text():
-        self.active.check_finite()
+        if self.active.world==1: self.active.check_finite() # else at the epoch's end, all at once
         return f'{self.active.ph.name} {self.learn.smooth_loss.item():.4f}'
     bar.comment = Late(text)
     bar.update(self.iter+1)
@@ -299,6 +304,13 @@ def after_batch(self:MixRecorder):
 
 # %% ../nbs/06_callback.ipynb #73e896a9
 @patch
+def totals(self:MixRecorder)->tuple:
+    "The sums of the losses in this epoch and the number of images, of all processes"
+    if self.active.world==1 or not self.sums: return self.sums,self.n
+    t = summed(torch.stack([*self.sums.values(), torch.full_like(self.sums['train_loss'], self.n)]))
+    return dict(zip(self.sums, t)),t[-1].item()
+
+@patch
 def mean(self:MixRecorder, k): return (self.sums[k]/self.n).item() if k in self.sums else math.nan
 
 @patch
@@ -311,6 +323,7 @@ def fill(self:MixRecorder, n):
 def after_train(self:MixRecorder):
     if not self.active: return
     self.train_seconds = self.clock()-self.t_train
+    self.sums,self.n = self.totals()
     self.fill(2+len(self.metrics)*self.flags['train_metrics'])
     self.recorder.log[1] = self.mean('train_loss')
 
@@ -323,6 +336,7 @@ def after_validate(self:MixRecorder):
         keep = {'epoch','train_loss','valid_loss', *(m.name for m in self.metrics if getattr(m, 'of_features', False))}
         rec.log = L(o if n in keep else math.nan for n,o in zip(rec.metric_names, rec.log))
     rec.log += [self.mean('ssl_loss'), self.mean('sl_loss'), self.clock()-self.t0, self.active.ph.name]
+    if self.active.world>1: rec.log = shared(rec.log) # to the last bit: callbacks decide by it
 
 @patch
 def after_cancel_epoch(self:MixRecorder): self.after_validate()

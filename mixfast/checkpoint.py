@@ -25,6 +25,7 @@ from fastai.torch_core import to_device
 from filelock import FileLock, Timeout
 
 from .data import ImageStore, SeededDL, phase_dl
+from .distributed import everyones, first, loaders, ranks
 
 # %% ../nbs/06a_checkpoint.ipynb #0e5f577c
 def write_atomic(
@@ -105,20 +106,20 @@ def check_room(
     finally: f.unlink(missing_ok=True)
 
 # %% ../nbs/06a_checkpoint.ipynb #865f21fa
-def fingerprint(dl)->dict:
+def fingerprint(
+    dl, # A loader
+    world:int=1, # Processes: the batch is that of all
+)->dict:
     "What identifies the data of a loader: their number; checksums of some images in memory and all labels, or of file names"
     ds = dl.dataset
     if not isinstance(ds, ImageStore):
         names = '\n'.join(Path(o).name for o in getattr(ds, 'items', []) if isinstance(o, (str,Path)))
-        return dict(n=len(ds), bs=dl.bs, names=zlib.crc32(names.encode()))
+        return dict(n=len(ds), bs=dl.bs*world, names=zlib.crc32(names.encode()))
     some = ds.x[::max(len(ds)//64, 1)].cpu().numpy().tobytes()
     y = b'' if ds.y is None else ds.y.cpu().numpy().tobytes()
-    return dict(n=len(ds), bs=dl.bs, shape=list(ds.shape), crc=zlib.crc32(y, zlib.crc32(some)))
+    return dict(n=len(ds), bs=dl.bs*world, shape=list(ds.shape), crc=zlib.crc32(y, zlib.crc32(some)))
 
-def _loaders(dls)->list:
-    "The seeded loaders of a fit, each once"
-    dls = dict.fromkeys([*(phase_dl(dls, p) for p in ('ssl','mix','sl')), dls.valid])
-    return [dl for dl in dls if isinstance(dl, SeededDL)]
+def _loaders(dls)->list: return [dl for dl in loaders(dls) if isinstance(dl, SeededDL)]
 
 def _plain(o):
     "`o` as JSON and torch's `weights_only` know it"
@@ -163,18 +164,20 @@ class Checkpoint(Callback):
 def save(self:Checkpoint, epoch, i):
     "Save the fit as it is before step `i` of `epoch`. Raises `FloatingPointError` if it is not finite."
     self.mix_training.check_finite()
-    bad = [k for k,v in self.learn.model.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
+    learn,m = self.learn,self.mix_training
+    bad = [k for k,v in m.mm.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
     if bad: raise FloatingPointError(f"weights are not finite: {bad[0]}. The last checkpoint in {self.folder} is from before")
-    learn,rec,mix,at = self.learn,self.recorder,self.mix,dict(epoch=epoch, iter=i)
+    rec,mix,at = self.recorder,self.mix,dict(epoch=epoch, iter=i)
+    seen = everyones(learn, (_plain(mix.sums), mix.n)) if i else []
+    if m.rank: return # the first process writes for all
     keep = {k: getattr(rec, k) for k in ('lrs','iters','losses','values')}
-    grads = {n: p.grad for n,p in learn.model.named_parameters() if p.grad is not None} # that wait to be accumulated
-    m = self.mix_training
+    grads = {n: p.grad for n,p in m.mm.named_parameters() if p.grad is not None} # that wait to be accumulated
     save_state(self.folder, _plain(dict(**at, settings=self.settings, seed=m.seed,
-        model=learn.model.state_dict(), opt=learn.opt.state_dict(), grads=grads, scaler=_scaler(learn),
+        model=m.mm.state_dict(), opt=learn.opt.state_dict(), grads=grads, scaler=_scaler(learn),
         loaders=[(*dl.key, dl.passes-(i>0 and dl is learn.dl)) for dl in _loaders(learn.dls)],
         recorder=keep, smooth=(rec.smooth_loss.count, rec.smooth_loss.val),
         mix=dict(rows=mix.rows, sched=mix.sched, on_cpu=mix.on_cpu),
-        within=dict(sums=mix.sums, n=mix.n, seconds=mix.clock()-mix.t_train, pct_train=learn.pct_train) if i else {},
+        within=dict(seen=seen, seconds=mix.clock()-mix.t_train, pct_train=learn.pct_train) if i else {},
         nan=dict(n_bad=m.n_bad, first_bad=m.first_bad, good=m.good, skipped=m.skipped), train_iter=learn.train_iter,
         callbacks={cb.name: {k: vars(cb)[k] for k in self.counters if k in vars(cb)} for cb in learn.cbs})))
 
@@ -190,7 +193,9 @@ def before_epoch(self:Checkpoint):
     if self.state is None: return
     s,dev = self.state,next(self.model.parameters()).device
     if s['iter']: # the rest of an epoch
-        self.mix.sums,self.mix.n = {k: v.to(dev) for k,v in s['within']['sums'].items()},s['within']['n']
+        seen,m = s['within']['seen'],self.mix_training # by each process
+        mine = seen[m.rank::m.world] or [({k: 0*v for k,v in seen[0][0].items()}, 0)]
+        self.mix.sums,self.mix.n = {k: sum(o[k] for o,_ in mine).to(dev) for k in mine[0][0]},sum(n for _,n in mine)
         self.learn.all_batches = partial(_batches_from, self.learn, s['iter'])
     else: self.state = None
 
@@ -198,19 +203,20 @@ def before_epoch(self:Checkpoint):
 def restore(self:Checkpoint):
     "Put back what was saved, in the phase of that time"
     s,learn,rec,mix,dev = self.state,self.learn,self.recorder,self.mix,next(self.model.parameters()).device
-    self.mix_training.enter(self.mix_training.plan[s['epoch']-(s['iter']==0)])
-    learn.model.load_state_dict(s['model'])
+    m = self.mix_training
+    m.enter(m.plan[s['epoch']-(s['iter']==0)])
+    m.mm.load_state_dict(s['model'])
     torchs = isinstance(learn.opt, OptimWrapper) # these place their state themselves
     learn.opt.load_state_dict(s['opt'] if torchs else to_device(s['opt'], dev))
     if s['scaler']: learn.scaler.load_state_dict(s['scaler'])
-    for n,p in learn.model.named_parameters(): p.grad = s['grads'][n].to(dev) if n in s['grads'] else None
+    for n,p in m.mm.named_parameters(): p.grad = s['grads'][n].to(dev) if n in s['grads'] else None
     for dl,(seed,tag,passes) in zip(_loaders(learn.dls), s['loaders']): dl.key,dl.passes = (seed,tag),passes
     for o,state in ((rec,s['recorder']), (mix,s['mix']), *((cb,s['callbacks'].get(cb.name, {})) for cb in learn.cbs)):
         for k,v in state.items(): setattr(o, k, v)
     rec.smooth_loss.count,rec.smooth_loss.val = s['smooth']
     rec.losses[mix.on_cpu:] = [o.to(dev) for o in rec.losses[mix.on_cpu:]]
-    self.mix_training.seed,learn.train_iter = s['seed'],s['train_iter']
-    for k,v in to_device(s['nan'], dev).items(): setattr(self.mix_training, k, v)
+    m.seed,learn.train_iter = s['seed'],s['train_iter']
+    for k,v in to_device(s['nan'], dev).items(): setattr(m, k, v)
 
 @patch
 def before_train(self:Checkpoint):
@@ -240,7 +246,7 @@ def begin(self:Checkpoint,
     learn:Learner, # With the model that will be trained
     settings:dict, # All that decides what the fit does
     resume:bool, # Go on, if there are checkpoints
-):
+)->dict: # The state to go on from; None: there is none
     "Read what there is, and prove that there is room for more. Raises `ValueError` or `OSError`."
     self.settings = _plain(settings)
     if not resume and read_index(self.folder):
@@ -255,32 +261,35 @@ def begin(self:Checkpoint,
         if f.suffix=='.tmp': f.unlink() # of a process that was killed
     n = sum(o.nbytes for o in learn.model.state_dict().values())
     check_room(self.folder, max(3*(4*n+2**20)-have, 2**20)) # weights, gradients, two moments; what the recorders hold
-    if resume: self.state = load_state(self.folder)
-    if self.state: self.check(learn)
+    state = load_state(self.folder) if resume else None
+    if state: self.check(learn, state)
+    return state
 
 @patch
 @contextmanager
-def locked(self:Checkpoint):
+def locked(self:Checkpoint, learn):
     "One fit at a time writes to the folder"
-    check_room(self.folder, 1)
     lock = FileLock(self.folder/'.lock', timeout=0)
-    try: lock.acquire()
-    except Timeout: raise ValueError(f"another process is writing checkpoints to {self.folder}") from None
+    def take():
+        check_room(self.folder, 1)
+        try: lock.acquire()
+        except Timeout: raise ValueError(f"another process is writing checkpoints to {self.folder}") from None
+    first(learn, take)
     try: yield
     finally: lock.release()
 
 @patch
-def check(self:Checkpoint, learn):
+def check(self:Checkpoint, learn, state):
     "Raise `ValueError` where the fit differs from the one that was saved"
     def differs(k, old, new): raise ValueError(f"cannot resume from {self.folder}: {k} was {old!r}, and is {new!r}")
     for k in ('settings','seed','model','opt','grads','scaler','loaders','recorder','smooth','mix','within','nan',
               'train_iter','callbacks'):
-        if k not in self.state: raise ValueError(f"cannot resume from {self.folder}: the checkpoint has no {k!r}")
-    old = self.state['settings']
+        if k not in state: raise ValueError(f"cannot resume from {self.folder}: the checkpoint has no {k!r}")
+    old = state['settings']
     for k in {**self.settings, **old}:
         if old.get(k)!=self.settings.get(k): differs(k, old.get(k), self.settings.get(k))
     shapes = lambda sd: {k: list(v.shape) for k,v in sd.items()}
-    old,new = shapes(self.state['model']),shapes(learn.model.state_dict())
+    old,new = shapes(state['model']),shapes(learn.model.state_dict())
     for k in {**new, **old}:
         if old.get(k)!=new.get(k): differs(f'the shape of {k}', old.get(k), new.get(k))
 
@@ -296,15 +305,16 @@ def checkpointing(
     if cb is None:
         yield
         return
-    with cb.locked():
-        cb.begin(learn, settings, resume)
-        with _patient(cb), _from_checkpoint(learn, cb): yield
+    with cb.locked(learn):
+        cb.state = first(learn, lambda: cb.begin(learn, settings, resume))
+        with _patient(cb, learn), _from_checkpoint(learn, cb): yield
 
 @contextmanager
-def _patient(cb):
-    "Ctrl-C waits for a checkpoint"
+def _patient(cb, learn):
+    "Ctrl-C waits for a checkpoint; not with several processes, which it does not reach at the same step"
     old = signal.getsignal(signal.SIGINT)
     ours = old is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    ours = ours and ranks(learn)[1]==1
     pid = os.getpid()
     def stop(*_):
         if os.getpid()!=pid: return # in a process that loads images

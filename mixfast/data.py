@@ -6,11 +6,11 @@ Docs: https://mixfast.github.io/mixfast/data.html.md"""
 
 # %% auto #0
 __all__ = ['check_images', 'check_labels', 'ImageStore', 'image_stats', 'MixBatch', 'seeded', 'check_seed', 'SeededDL', 'MixDL',
-           'blend', 'Blend', 'BlendDL', 'MixDataLoaders', 'phase_dl', 'as_images', 'check_tfms', 'check_stats', 'fits',
-           'mix_dls', 'MixItemDL', 'MixBlock']
+           'blend', 'Blend', 'BlendDL', 'MixDataLoaders', 'phase_dl', 'as_images', 'check_tfms', 'check_stats',
+           'local_device', 'fits', 'mix_dls', 'MixItemDL', 'MixBlock']
 
 # %% ../nbs/04_data.ipynb #a0035ef3
-import random, warnings
+import os, random, warnings
 from contextlib import contextmanager
 from itertools import count, islice
 from numbers import Integral
@@ -25,7 +25,7 @@ from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Category, IntToFloatTensor, ToTensor, get_image_files
 from fastai.losses import CrossEntropyLossFlat
-from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, default_device, to_device
+from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, default_device, num_distrib, to_device
 from fastai.vision.augment import RandTransform
 from fastai.vision.core import PILImage
 from fasttransform import ItemTransform, Pipeline
@@ -230,7 +230,8 @@ class SeededDL(TfmdDL):
         **kwargs # For `TfmdDL`
     ):
         self.key,self.full_bs,self.passes,self.phases = (check_seed(seed),tag),bs,0,{}
-        self.skip = 0 # batches at the beginning of a pass that are left out
+        self.skip = self.at = 0 # batches at the beginning of a pass that are left out; the batch that was given last
+        self.share = 0,1 # which part of each batch: the rank of this process, and how many there are
         super().__init__(dataset, bs=max(min(bs, len(dataset)), 1), **kwargs)
 
     def new(self, dataset=None, cls=None, **kwargs):
@@ -249,8 +250,8 @@ class SeededDL(TfmdDL):
 
     def __iter__(self):
         key,it = (*self.key, self.passes+1),super().__iter__()
-        for i in count(self.skip):
-            with seeded(*key, i, 0, device=self.device): b = next(it, None)
+        for self.at in count(self.skip):
+            with seeded(*key, self.at, 0, *self.rank_key(), device=self.device): b = next(it, None)
             if b is None: return
             yield b
 
@@ -264,33 +265,57 @@ class SeededDL(TfmdDL):
     sl  = property(lambda self: self.phase('sl'))
 
 # %% ../nbs/04_data.ipynb #1452d985
+@patch(as_prop=True)
+def whole(self:SeededDL)->int:
+    "Samples of a batch, those of all processes together"
+    return max(min(self.bs*self.share[1], self.n), 1)
+
+@patch
+def __len__(self:SeededDL): return self.n//self.whole if self.drop_last else -(-self.n//self.whole)
+
+@patch
+def part(self:SeededDL, i, rank=None)->slice: # Within the order of the pass
+    "The share of batch `i` that a process has; all of it, if there are fewer samples than processes"
+    (r,world),start = self.share,i*self.whole
+    if rank is not None: r = rank
+    n = min(self.whole, self.n-start)
+    return slice(start+n*r//world, start+n*(r+1)//world) if n>=world else slice(start, start+n)
+
+@patch
+def rank_key(self:SeededDL)->tuple:
+    "What processes add to their keys; nothing for the first: it draws what a lone one would"
+    return self.share[:1]*(self.share[0]>0)
+
+# %% ../nbs/04_data.ipynb #e9971c41
 @patch
 def order(self:SeededDL, rng)->np.ndarray:
     "The samples of a pass in order, int64 [n]"
     return rng.permutation(self.n) if self.shuffle else np.arange(self.n)
 
 @patch
-def get_idxs(self:SeededDL): return self.order(np.random.default_rng([*self.key, self.passes]))
+def get_idxs(self:SeededDL):
+    idxs = self.order(np.random.default_rng([*self.key, self.passes]))
+    return np.concatenate([idxs[:0], *[idxs[self.part(i)] for i in range(len(self))]])
 
 @patch
 def sample(self:SeededDL):
-    "The samples of this process: with several workers, every so many batches"
+    "The samples of this worker: every so many batches"
     idxs = self._DataLoader__idxs # what fastai's `__iter__` has got from `get_idxs`
-    idxs = np.asarray(idxs if hasattr(idxs, '__len__') else list(islice(idxs, self.n)))
+    idxs = np.asarray(idxs if hasattr(idxs, '__len__') else list(islice(idxs, self.n)))[:len(self)*self.bs]
     batches = [idxs[i:i+self.bs] for i in range(0, len(idxs), self.bs)]
     return np.concatenate([idxs[:0], *batches[self.skip+self.offs::self.num_workers]])
 
 @patch
 def create_batches(self:SeededDL, samps):
     idxs,key = np.asarray(samps if isinstance(samps, np.ndarray) else list(samps)),(*self.key, self.passes)
-    n = len(idxs)//self.bs*self.bs if self.drop_last else len(idxs)
-    for i,j in enumerate(range(0, n, self.bs)):
-        yield self.load(idxs[j:j+self.bs], (*key, self.skip+self.offs+i*self.num_workers)) # the number of the batch
+    for i,j in enumerate(range(0, len(idxs), self.bs)):
+        at = self.skip+self.offs+i*self.num_workers # the number of the batch
+        yield self.load(idxs[j:j+self.bs], (*key, at, *self.rank_key()))
 
 @patch
 def load(self:SeededDL,
     idxs, # Samples, int64 [B]
-    key:tuple, # Seed, tag, pass, batch: they decide what is random about each sample
+    key:tuple, # Seed, tag, pass, batch, and perhaps rank: they decide what is random about each sample
 )->tuple:
     "The samples `idxs` as one batch"
     items = []
@@ -469,6 +494,11 @@ def _stores(sl, valid, ssl, vocab):
         raise ValueError(f"valid must have images like those to train on, {first.shape}, got {valid.shape}")
     return sl,valid,ssl
 
+def local_device()->torch.device:
+    "fastai's default device; of a process that a launcher has started, the GPU of its own"
+    d = default_device()
+    return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if d.type=='cuda' and num_distrib()>1 else d
+
 def fits(
     stores, # `ImageStore`s
     device, # Where batches go
@@ -501,7 +531,7 @@ def mix_dls(
     if sl is None and ssl is None: raise ValueError("pass labelled data as sl=(images, labels), other images as ssl")
     sl,valid,ssl = _stores(sl, valid, ssl, vocab)
     first,stores = sl or ssl,[o for o in (sl,valid,ssl) if o]
-    try: device = default_device() if device is None else torch.device(device)
+    try: device = local_device() if device is None else torch.device(device)
     except (RuntimeError, TypeError) as e: raise ValueError(f"device must be one that torch knows, got {device!r}") from e
     if device.type=='cuda' and not torch.cuda.is_available():
         raise ValueError(f"device is {device}, but there is no GPU")

@@ -26,6 +26,7 @@ from fastai.torch_core import set_seed
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from timm.utils import unwrap_model
 
 from .callback import MixRecorder
 from .data import MixDL, phase_dl
@@ -40,13 +41,14 @@ def embed(
     dl, # A loader of labelled images
 )->tuple: # Features float32 [N,D] and class numbers int64 [N], on the device
     "Mean features of the images of `dl`, in evaluation mode"
-    m,res = learn.model,[]
+    m,res = unwrap_model(learn.model),[]
     if not isinstance(m, MixModel): raise TypeError("the model must be a MixModel: call learn.to_mix() first")
     dev = next(m.parameters()).device
     with evaluating(m.backbone):
         for b in dl:
             t = to_tokens(features(m.backbone, b[0].to(dev).as_subclass(torch.Tensor)), m.layout)
-            res.append((t.mean(1).float(), b[-1].to(dev).as_subclass(torch.Tensor)))
+            o = t.mean(1).float(), b[-1].to(dev).as_subclass(torch.Tensor)
+            res.append(dl.to_detach(o, cpu=False) if hasattr(dl, 'to_detach') else o) # of all processes
     return tuple(torch.cat(o) for o in zip(*res))
 
 class _Const:
@@ -96,7 +98,7 @@ class KNNAccuracy(Metric):
     @property
     def value(self):
         learn = self.learn
-        phase = getattr(getattr(learn, 'model', None), 'phase', None)
+        phase = getattr(unwrap_model(getattr(learn, 'model', None)), 'phase', None)
         if learn is None or (phase in ('mix','sl') and not self.every_phase): return math.nan
         (bank,y),(q,yq) = embed(learn, bank_dl(learn, self.n)),embed(learn, learn.dl)
         return (knn_predict(bank, y, q, max(learn.dls.c, 1), self.k, self.t)==yq).float().mean()
@@ -180,7 +182,7 @@ class GradCosines(Callback):
     def after_loss(self):
         m = getattr(self.learn, 'mix_training', None)
         if m is None or m.ph.name!='mix' or ((self.epoch-m.ph.start)*self.n_iter+self.iter)%self.every: return
-        params = list(last_layer(self.model.backbone).parameters())
+        params = list(last_layer(unwrap_model(self.model).backbone).parameters())
         row = cosines(m.ssl_loss, m.losses['sl_loss'], params, m.alpha_now())
         self.rows.append(dict(epoch=self.epoch+self.iter/self.n_iter, **row))
 

@@ -27,6 +27,7 @@ import fastai.callback.progress # fastai's progress bar
 from .callback import MixRecorder, MixTrainingCallback, forget_inf
 from .checkpoint import Checkpoint, checkpointing, fingerprint
 from .data import MixBatch, phase_dl
+from .distributed import distributed, ranks
 from .model import MixModel, fused_adamw, mix_splitter, pair_up
 from .objective import body
 from .phases import MixPlan
@@ -114,12 +115,12 @@ def tfms_of(dl)->list:
 def fit_settings(learn:Learner, mix:MixTrainingCallback, recipe:Recipe, sl_sched:str)->dict:
     "All settings of a fit by name, as JSON can hold them"
     p,dls,o,amp = mix.plan,learn.dls,learn.model.objective,getattr(learn, 'mixed_precision', None)
-    opt = learn.opt_func(learn.splitter(learn.model), lr=0.)
+    opt,world = learn.opt_func(learn.splitter(learn.model), lr=0.),ranks(learn)[1]
     fit = {k: getattr(p, k) for k in ('e_ssl','e_sl','rho')}
     fit |= {k: getattr(mix, k) for k in ('alpha','alpha_sched','carry_opt')}
     objective = dict(objective=type(o).__name__) | {k: getattr(o, k, None) for k in ('mask_ratio','drop')}
-    data = {k: getattr(dls, k, None) for k in ('seed','lam')} | dict(valid=fingerprint(dls.valid))
-    data |= {n: fingerprint(phase_dl(dls, n)) for n in ('ssl','mix','sl')}
+    data = {k: getattr(dls, k, None) for k in ('seed','lam')} | dict(valid=fingerprint(dls.valid, world))
+    data |= {n: fingerprint(phase_dl(dls, n), world) for n in ('ssl','mix','sl')}
     tfms = {f'{n}_tfms': repr(tfms_of(phase_dl(dls, n))) for n in ('ssl','sl')}
     return dict(**fit, sl_sched=sl_sched, recipe=asdict(recipe), **objective,
                 optimizer=type(getattr(opt, 'opt', opt)).__name__, precision=amp.amp_mode.value if amp else 'fp32',
@@ -157,8 +158,8 @@ def fit_mixtraining(self:Learner,
     if getattr(self.opt, 'frozen_idx', 0): self.unfreeze()
     r = get_recipe(recipe or ('vit_t' if self.model.layout.kind=='tokens' else 'resnet18'))
     sched = MixScheduler(plan, r.ssl, r.sl, sl_sched)
-    self.mix.settings = fit_settings(self, mix, r, sl_sched)
-    with restored(self, cbs), checkpointing(self, ckpt, self.mix.settings, resume):
+    s = self.mix.settings = fit_settings(self, mix, r, sl_sched)
+    with restored(self, cbs), distributed(self, s), checkpointing(self, ckpt, s, resume):
         self.fit(plan.n_epoch, cbs=[mix,sched]+L(ckpt)+L(cbs), reset_opt=True)
 
 # %% ../nbs/07_learner.ipynb #6485e50b

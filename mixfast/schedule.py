@@ -116,8 +116,9 @@ class MixScheduler(Callback):
     def before_fit(self): self.hps = {k:[] for k in ('lr','mom','sqr_mom','wd') if k in self.opt.hypers[0]}
 
     def before_batch(self):
+        world = max(num_distrib(), 1) if hasattr(self.learn, 'distributed_trainer') else 1 # processes
         h = hypers_at(self.plan, self.epoch, self.iter, self.n_iter, self.ssl, self.sl,
-                      bs=self.dl.bs*max(num_distrib(), 1), sl_sched=self.sl_sched)
+                      bs=self.dl.bs*world, sl_sched=self.sl_sched)
         for k,vs in self.hps.items():
             if not vs or vs[-1]!=h[k] or self.iter==0: self.opt.set_hyper(k, h[k])
             vs.append(h[k])

@@ -1,0 +1,285 @@
+"Several processes train as one: on CPUs, over gloo"
+import os, pickle, re, signal, socket, subprocess, sys, time, traceback
+from functools import partial
+from pathlib import Path
+import numpy as np, pytest, torch
+from fastai.vision.all import (Callback, CategoryBlock, DataBlock, EarlyStoppingCallback, GradientAccumulation, ImageDataLoaders, MixedPrecision, PILImage,
+    ProgressCallback, RandomSplitter, RocAucBinary, SaveModelCallback, accuracy, noop, resnet18, set_seed, vision_learner)
+from mixfast.all import AE, BatchFlip, KNNAccuracy, MAE, MixBlock, mix_dls, mix_learner
+from mixfast.checkpoint import read_index
+from conftest import HOT, TINY, images, same, state
+pytest.importorskip('accelerate')
+import fastai.distributed # gives learners `distrib_ctx`
+pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes are forked')
+
+def child(f, folder, rank, n, port):
+    "What a launcher's process does; its result is a file"
+    os.setpgid(0, 0)
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    try: res = f(rank)
+    except BaseException as e: res = e.with_traceback(None) if isinstance(e, (ValueError,FloatingPointError,RuntimeError)) else RuntimeError(traceback.format_exc())
+    (folder/f'{rank}.tmp').write_bytes(pickle.dumps(res))
+    (folder/f'{rank}.tmp').rename(folder/f'{rank}.pkl')
+    os._exit(0)
+
+@pytest.fixture
+def launch(tmp_path):
+    "A function that calls `f(rank)` in `n` processes and gives what they return or raise; None of one that died"
+    def _launch(f, n, seconds=60):
+        folder = tmp_path/f'launch{len(list(tmp_path.glob("launch*")))}'
+        folder.mkdir()
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            port = s.getsockname()[1]
+        pids = []
+        for r in range(n):
+            pid = os.fork()
+            if not pid: child(f, folder, r, n, port)
+            pids.append(pid)
+        end = time.time()+seconds
+        while pids and time.time()<end:
+            pids = [p for p in pids if not os.waitpid(p, os.WNOHANG)[0]]
+            time.sleep(0.05)
+        for p in pids:
+            os.kill(p, signal.SIGKILL)
+            os.waitpid(p, 0)
+        assert not pids, 'some processes hang'
+        return [pickle.loads((folder/f'{r}.pkl').read_bytes()) if (folder/f'{r}.pkl').exists() else None for r in range(n)]
+    return _launch
+
+def fixed_mask(b, n, n_mask, device=None): return torch.arange(n).expand(b, n) < n_mask
+
+class Log(Callback):
+    "What a step does, and to which images"
+    order,run_valid = 70,False
+    def __init__(self): self.rows = []
+    def before_batch(self):
+        m = self.mix_training
+        x = self.xb[0] if self.xb else self.learn.x
+        self.rows.append((self.epoch, self.iter, m.ph.name, m.alpha_now(), self.opt.hypers[0]['lr'], (x.flatten(1) @ torch.linspace(-1, 1, x[0].numel()).sin()).tolist()))
+
+def fit(rank, world=1, bs=12, make_learn=None, seed=None, e=(4,4), cbs=(), after=None, distrib=dict(cpu=True), n=48, **kwargs):
+    "A fit of one process among `world`; all that it leaves behind. `bs` is the batch of all together"
+    set_seed(rank if seed is None else seed, reproducible=True)
+    learn = (make_learn or learner)(bs//world)
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    log = Log()
+    with learn.distrib_ctx(**distrib): learn.fit_mixtraining(*e, **{'rho':0.5, 'recipe':HOT, 'cbs':[log, *cbs], **kwargs})
+    rows = [{k:v for k,v in r.items() if 'seconds' not in k} for r in learn.mix.rows]
+    res = dict(weights=state(learn.model), rows=rows, losses=[o.item() for o in learn.recorder.losses], log=log.rows,
+               model=type(learn.model).__name__, loaders=[type(o).__name__ for o in learn.dls.loaders], skipped=learn.mix.skipped)
+    return {k: v.tolist() if isinstance(v, np.ndarray) else v for k,v in res.items()} | (after(learn) if after else {})
+
+def learner(bs, n=48, objective=None, valid=21, ssl=True, seed=3, metrics=accuracy, drop_last=True, mask=None, **kwargs):
+    "`seed` None: each process draws its own"
+    if mask: objective_module().random_mask = mask
+    dls = mix_dls(images(n), images(valid, seed=1) if valid else None, ssl=images(60, seed=2)[0] if ssl else None, bs=bs, seed=seed, drop_last=drop_last)
+    return mix_learner(dls, objective=objective, metrics=metrics, **TINY, **kwargs)
+
+def objective_module(): return sys.modules['mixfast.objective']
+
+def check_alike(res):
+    "All processes end with the same, and did the same to images of their own"
+    for o in res:
+        if isinstance(o, Exception): raise o
+        assert same(o['weights'], res[0]['weights']) and repr(o['rows'])==repr(res[0]['rows']) and o['losses']==res[0]['losses']
+        assert [r[:5] for r in o['log']]==[r[:5] for r in res[0]['log']]
+        assert o['model']=='MixModel'
+    return res[0]
+
+def check_close(a, b, eps=1e-4):
+    for k,v in a['weights'].items(): torch.testing.assert_close(v, b['weights'][k], atol=eps, rtol=0)
+    for r,q in zip(a['rows'], b['rows'], strict=True):
+        assert r.keys()==q.keys() and r['phase']==q['phase']
+        np.testing.assert_allclose(*[[v for k,v in o.items() if k!='phase'] for o in (r,q)], atol=eps, rtol=1e-3)
+    np.testing.assert_allclose(a['losses'], b['losses'], atol=eps, rtol=1e-3)
+
+def alone(launch, f): return check_alike(launch(f, 1))
+
+@pytest.mark.parametrize('world', [2,3])
+def test_all_phases(launch, world):
+    "Processes whose own seeds differ; nothing is given a seed"
+    one = alone(launch, partial(fit, make_learn=partial(learner, seed=None)))
+    res = launch(partial(fit, world=world, make_learn=partial(learner, seed=None)), world)
+    a = check_alike(res)
+    assert [r[:5] for r in a['log']]==[r[:5] for r in one['log']], 'phases, alpha and rates are those of one process'
+    assert [r['phase'] for r in a['rows']]==['ssl']*2+['mix']*2+['sl']*2
+    for rows in zip(*(o['log'] for o in res)): # all images are others
+        xs = [x for r in rows for x in r[-1]]
+        assert len(xs)==12 and len({round(x, 4) for x in xs})==12
+    assert a['loaders']==['MixDL','MixDL']
+
+@pytest.mark.parametrize('world,kwargs', [(2, dict(objective=AE)), (3, dict(mask=fixed_mask)), (2, dict(objective=MAE(drop='mix'), mask=fixed_mask)), (2, dict(ssl=False, objective=AE, valid=0))])
+def test_as_one_process(launch, world, kwargs):
+    "Half the batch in two processes is the batch of one; nothing is random but the order and the partners"
+    new = partial(learner, metrics=[accuracy, KNNAccuracy(every_phase=True)] if kwargs.get('valid', 1) else None, **kwargs)
+    one = alone(launch, partial(fit, make_learn=new, seed=0))
+    res = launch(partial(fit, world=world, make_learn=new, seed=0), world)
+    check_close(check_alike(res), one)
+    for r,*rs in zip(one['log'], *(o['log'] for o in res)):
+        np.testing.assert_allclose(r[-1], sum((q[-1] for q in rs), []), rtol=1e-5, err_msg='the same images, in the same order')
+
+@pytest.mark.parametrize('world', [2,3])
+def test_shares_that_are_not_equal(launch, world):
+    "Metrics of all kinds, over 13 images in batches of 12 (a last one of fewer images than processes) and over 17"
+    def recall(pred, y): return float((pred.argmax(1)==y).float().mean())
+    for n in (13, 17)[:4-world]:
+        new = partial(learner, objective=AE, valid=n, metrics=[accuracy, recall, by_class(), KNNAccuracy(every_phase=True)])
+        one = alone(launch, partial(fit, make_learn=new, seed=0, e=(1,2), rho=1))
+        check_close(check_alike(launch(partial(fit, make_learn=new, seed=0, e=(1,2), rho=1, world=world), world)), one)
+
+def by_class():
+    "A metric of all predictions at once"
+    from fastai.metrics import F1Score
+    return F1Score(average='macro')
+
+def test_resume_on_other_numbers(launch, tmp_path):
+    "2 processes begin, are killed within an epoch, 3 go on, are killed in validation, and one ends it"
+    new = partial(learner, mask=fixed_mask)
+    one = alone(launch, partial(fit, make_learn=new, seed=0))
+    folder = tmp_path/'run'
+    kw = dict(make_learn=new, checkpoint=folder, every_steps=2, resume=True)
+    for world,trap in ((2, Die(8)), (3, Die(2, training=False)), (2, Die(5))):
+        res = launch(partial(fit, world=world, cbs=[trap], **kw), world)
+        assert all('died' in str(o) for o in res), res
+        assert len(read_index(folder))==2 and len(list(folder.glob('*.pt')))==2 and not list(folder.glob('*.tmp'))
+    check_close(check_alike(launch(partial(fit, **kw), 1)), one)
+    again = check_alike(launch(partial(fit, world=2, **kw), 2)) # it had ended
+    check_close(again, one)
+
+class Die(Callback):
+    order = 2000
+    def __init__(self, n, training=True, only=None): self.n,self.on,self.only = n,training,only
+    def after_batch(self):
+        self.n -= self.training==self.on
+        if self.n: return
+        if self.only is None: raise RuntimeError('died')
+        if int(os.environ['RANK'])==self.only: os.kill(os.getpid(), signal.SIGKILL)
+
+@pytest.mark.parametrize('kwargs', [{}, dict(arch='resnet10t', n=40)])
+def test_resume_is_exact(launch, tmp_path, kwargs):
+    "On as many processes, with all that is random, to the last bit; with statistics of batch normalisation too"
+    new = partial(bn_learner if kwargs else learner)
+    ref = check_alike(launch(partial(fit, world=2, make_learn=new), 2))
+    kw = dict(world=2, make_learn=new, checkpoint=tmp_path/'run', every_steps=3, resume=True)
+    for k in (4, 5): launch(partial(fit, cbs=[Die(k)], **kw), 2)
+    res = check_alike(launch(partial(fit, seed=0, **kw), 2))
+    assert same(res['weights'], ref['weights'])
+    assert repr(res['rows'])==repr(ref['rows'])
+    assert res['losses']==ref['losses']
+
+def bn_learner(bs):
+    dls = mix_dls(images(36, 16, 3), images(9, 16, 3, seed=1), bs=bs, seed=3, tfms=[BatchFlip()])
+    return mix_learner(dls, 'resnet10t', AE, metrics=accuracy)
+
+def test_batch_norm(launch):
+    "Statistics are those of the first process, everywhere; without validation too"
+    def new(bs): return mix_learner(mix_dls(images(24, 16, 3), bs=bs, seed=3), 'resnet10t', AE)
+    check_alike(launch(partial(fit, world=2, make_learn=new), 2))
+
+@pytest.mark.parametrize('on_nan', ['stop','skip'])
+def test_nan_in_one_process(launch, on_nan):
+    "All stop, or all skip the step"
+    res = launch(partial(fit, world=2, make_learn=partial(learner, n=96), cbs=[Poison()], on_nan=on_nan), 2)
+    if on_nan=='skip': assert check_alike(res)['skipped']==1
+    else: assert all(isinstance(o, FloatingPointError) and 'at step 6 of the fit, in epoch 1, in the ssl phase' in str(o) for o in res), res
+
+class Poison(Callback):
+    order,run_valid = -10,False
+    def before_batch(self):
+        if os.environ['RANK']=='1' and (self.epoch,self.iter)==(1,1): self.learn.xb = (self.xb[0]*float('nan'),)
+
+def test_callbacks(launch, tmp_path):
+    "Gathered gradients, the best weights written once, an early stop: everywhere alike"
+    def new(bs):
+        learn = learner(bs)
+        learn.path = tmp_path
+        return learn.to_bf16()
+    cbs = [GradientAccumulation(12), SaveModelCallback(monitor='accuracy', fname='best'), EarlyStoppingCallback(monitor='accuracy', patience=2)]
+    a = check_alike(launch(partial(fit, world=2, make_learn=new, e=(3,9), cbs=cbs), 2))
+    assert len(a['rows'])<11 and (tmp_path/'models'/'best.pth').exists()
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path/'images').mkdir()
+    for i,(x,y) in enumerate(zip(*images(24))): PILImage.create(x[...,0]).save(tmp_path/'images'/f'{y}_{i:02}.png')
+    return sorted((tmp_path/'images').glob('*.png'))
+
+def label(f): return Path(f).name[0]
+
+@pytest.mark.parametrize('workers', [0,2])
+def test_files(launch, files, workers):
+    "Images decoded one by one, by other processes too"
+    def new(bs):
+        block = DataBlock((MixBlock(lam=0.5, seed=0), CategoryBlock), get_y=label, splitter=RandomSplitter(0.3, seed=0))
+        return mix_learner(block.dataloaders(files, bs=bs, num_workers=workers), objective=AE, metrics=accuracy, in_chans=3, **TINY)
+    one = alone(launch, partial(fit, make_learn=new, seed=0, bs=4))
+    check_close(check_alike(launch(partial(fit, make_learn=new, seed=0, bs=4, world=2), 2)), one)
+
+def test_fastai_loaders(launch, files):
+    "fastai's own loaders; its splitters need a seed"
+    def new(bs, seed=0):
+        dls = ImageDataLoaders.from_name_func(files[0].parent, files, label, valid_pct=0.25, seed=seed, bs=bs, num_workers=0)
+        return vision_learner(dls, resnet18, pretrained=False, metrics=accuracy)
+    res = launch(partial(fit, world=2, make_learn=new, bs=8, e=(1,2), rho=1), 2)
+    assert check_alike(res)['loaders']==['TfmdDL','TfmdDL']
+    res = launch(partial(fit, world=2, make_learn=partial(new, seed=None), bs=8, e=(2,2)), 2)
+    assert all(re.match('process 1 would train with valid .* give a seed to whatever is drawn at random', str(o)) for o in res), res
+
+def test_errors(launch, tmp_path):
+    "Said in all processes, before any training"
+    def says(text, world=2, **kwargs):
+        res = launch(partial(fit, world=world, **kwargs), world)
+        assert all(isinstance(o, ValueError) and text in str(o) for o in res), res
+    kw = dict(checkpoint=tmp_path/'run')
+    check_alike(launch(partial(fit, world=2, **kw), 2))
+    says('has checkpoints of another fit', **kw)
+    says("cannot resume from", world=3, bs=24, resume=True, **kw)
+    says('distrib_ctx(cpu=True)', distrib={})
+    def amp(bs):
+        os.environ['ACCELERATE_MIXED_PRECISION'] = 'bf16'
+        return learner(bs)
+    says("mixed_precision of accelerate is 'bf16'", make_learn=amp)
+
+def test_gradient_checkpointing(launch):
+    "Blocks that are computed again in the backward pass, for backbones that do not fit: the same weights"
+    def new(bs):
+        learn = learner(bs, mask=fixed_mask)
+        learn.model.backbone.set_grad_checkpointing()
+        return learn
+    one = alone(launch, partial(fit, make_learn=partial(learner, mask=fixed_mask), seed=0))
+    check_close(check_alike(launch(partial(fit, make_learn=new, seed=0, world=2), 2)), one)
+
+def test_one_process_dies(launch):
+    "The others end with an error"
+    t = time.time()
+    res = launch(partial(fit, world=3, cbs=[Die(7, only=1)]), 3)
+    assert res[1] is None and all(isinstance(res[r], RuntimeError) for r in (0,2)) and time.time()-t<60
+
+SCRIPT = """
+import os, signal, sys, torch
+from fastai.vision.all import *
+from fastai.distributed import *
+from mixfast.all import *
+torch.set_num_threads(1)
+x,y = np.random.default_rng(0).integers(0, 256, (48,8,8,1)).astype(np.uint8),np.arange(48)%3
+class Die(Callback):
+    def after_batch(self):
+        if len(sys.argv)>2 and self.epoch==2 and rank_distrib()==1: os.kill(os.getpid(), signal.SIGKILL)
+learn = mix_learner(mix_dls((x,y), (x[:9],y[:9]), bs=8, seed=0), 'vit_tiny_patch16_224', patch_size=2, embed_dim=32, depth=2, num_heads=2, cbs=Die())
+with learn.distrib_ctx(cpu=True): learn.fit_mixtraining(2, 2, checkpoint=sys.argv[1], resume=True)
+if not rank_distrib(): torch.save(learn.model.state_dict(), sys.argv[1]+'/end.pt')
+"""
+
+def test_launchers(tmp_path):
+    "torchrun, one process killed; then accelerate goes on"
+    (tmp_path/'train.py').write_text(SCRIPT)
+    def start(*cmd): return subprocess.run([sys.executable, '-m', *cmd], cwd=tmp_path, capture_output=True, text=True, timeout=120, env={**os.environ, 'OMP_NUM_THREADS':'1'})
+    t = time.time()
+    out = start('torch.distributed.run', '--nproc-per-node', '2', 'train.py', 'run', 'die')
+    assert out.returncode!=0 and 'SIGKILL' in out.stderr and time.time()-t<100, out.stderr
+    assert [o['epoch'] for o in read_index(tmp_path/'run')]==[2,1]
+    out = start('accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', 'train.py', 'run')
+    assert out.returncode==0 and (tmp_path/'run'/'end.pt').exists(), out.stderr
+    assert [o['epoch'] for o in read_index(tmp_path/'run')]==[3,2]

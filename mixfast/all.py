@@ -27,5 +27,6 @@ from .insight import *
 _own = '''evaluating features logits layout span restored pair_up to_map to_tokens two_strides as_images blend seeded fits
           phases fit_image decode_image decode_images cache_key open_cache build_cache random_boxes resize_boxes
           cubic_weights rand_ops paper_tfms TINY_URL embed bank_dl
-          cosines last_layer METHODS INDEX read_index save_state load_state write_atomic fingerprint checkpointing forget_inf'''.split()
+          cosines last_layer METHODS INDEX read_index save_state load_state write_atomic fingerprint checkpointing
+          forget_inf local_device explained OURS TMP check_room'''.split()
 __all__ = [o for o in globals() if not o.startswith(('_','check_')) and o not in _own]

@@ -35,7 +35,8 @@ def contenders(
 )->dict: # By name: a function that makes one fit
     "All contenders, ready to train"
     res = {f'rho {r:g}': mixfast_fit(w, r) for r in RHOS if r*w.epochs%1==0}
-    res |= {'rho 0, drop in SSL': mixfast_fit(w, 0, drop=True), 'drop in SSL': mixfast_fit(w, drop=True), 'drop in SSL and mix': mixfast_fit(w, drop='mix'),
+    res |= {'rho 0, drop in SSL': mixfast_fit(w, 0, drop=True), 'drop in SSL': mixfast_fit(w, drop=True),
+            'drop in SSL and mix': mixfast_fit(w, drop='mix'),
             'loop by hand': bare_fit(w), 'stock fastai': stock_fit(w, folder)}
     try: return res | {'lightly': lightly_fit(w)}
     except ImportError: return res

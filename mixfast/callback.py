@@ -23,7 +23,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import find_bs, to_detach
 
 from .data import SeededDL, check_seed, phase_dl
-from .distributed import first, ranks, shared, summed
+from .distributed import once, ranks, shared, summed
 from .model import MixModel, MixOutput, no_decay
 from .objective import evaluating
 from .phases import MixPlan, phase_colors
@@ -51,7 +51,7 @@ class MixTrainingCallback(Callback):
 
     def before_fit(self):
         self.mm,self.sl_loss,self.ph = self.learn.model,self.learn.loss_func,None
-        (self.rank,self.world),self.seed = ranks(self.learn),first(self.learn, lambda: check_seed(None))
+        (self.rank,self.world),self.seed = ranks(self.learn),once(self.learn, lambda: check_seed(None))
         if not isinstance(self.mm, MixModel): raise TypeError("the model must be a MixModel: call learn.to_mix() first")
         if not (self.wd_bn_bias or isinstance(self.opt, OptimWrapper)): # fastai's own optimizers: decay by parameter
             for p in no_decay(self.mm): self.opt.state[p]['do_wd'] = False
@@ -178,9 +178,9 @@ def check_finite(self:MixTrainingCallback):
             "their loss or gradients were not finite. Try a lower rate or a longer warm-up")
         if new: warnings.warn(f"{new} of {self.n_iter} steps of epoch {self.epoch} were skipped: not finite")
     elif n: raise FloatingPointError(
-        f"the loss or its gradient is not finite at step {i} of the fit, in epoch {self.epoch}, in the {self.ph.name} phase, at a learning "
-        f"rate of {lrs[min(i, len(lrs)-1)]:.2e}. The weights are those of the step before. Try a lower rate or a longer "
-        "warm-up, look at the images, or pass on_nan='skip'.")
+        f"the loss or its gradient is not finite at step {i} of the fit, in epoch {self.epoch}, in the {self.ph.name} "
+        f"phase, at a learning rate of {lrs[min(i, len(lrs)-1)]:.2e}. The weights are those of the step before. Try a lower "
+        "rate or a longer warm-up, look at the images, or pass on_nan='skip'.")
 
 @patch
 def after_train(self:MixTrainingCallback): self.check_finite()

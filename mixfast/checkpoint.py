@@ -25,7 +25,7 @@ from fastai.torch_core import to_device
 from filelock import FileLock, Timeout
 
 from .data import ImageStore, SeededDL, phase_dl
-from .distributed import everyones, first, loaders, ranks
+from .distributed import everyones, loaders, once, ranks
 
 # %% ../nbs/06a_checkpoint.ipynb #0e5f577c
 def write_atomic(
@@ -102,7 +102,8 @@ def check_room(
         with open(f, 'wb') as o:
             if hasattr(os, 'posix_fallocate'): os.posix_fallocate(o.fileno(), 0, n)
             else: o.write(bytes(n))
-    except OSError as e: raise OSError(e.errno, f"no room for checkpoints of {n/3e6:.0f} MB: {e.strerror}", str(folder)) from e
+    except OSError as e:
+        raise OSError(e.errno, f"no room for checkpoints of {n/3e6:.0f} MB: {e.strerror}", str(folder)) from e
     finally: f.unlink(missing_ok=True)
 
 # %% ../nbs/06a_checkpoint.ipynb #865f21fa
@@ -110,7 +111,7 @@ def fingerprint(
     dl, # A loader
     world:int=1, # Processes: the batch is that of all
 )->dict:
-    "What identifies the data of a loader: their number; checksums of some images in memory and all labels, or of file names"
+    "What identifies the data of a loader: number; checksums of some images in memory and all labels, or of file names"
     ds = dl.dataset
     if not isinstance(ds, ImageStore):
         names = '\n'.join(Path(o).name for o in getattr(ds, 'items', []) if isinstance(o, (str,Path)))
@@ -166,7 +167,9 @@ def save(self:Checkpoint, epoch, i):
     self.mix_training.check_finite()
     learn,m = self.learn,self.mix_training
     bad = [k for k,v in m.mm.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
-    if bad: raise FloatingPointError(f"weights are not finite: {bad[0]}. The last checkpoint in {self.folder} is from before")
+    if bad:
+        raise FloatingPointError(f"weights are not finite: {bad[0]}. The last checkpoint in {self.folder} is "
+                                 "from before")
     rec,mix,at = self.recorder,self.mix,dict(epoch=epoch, iter=i)
     seen = everyones(learn, (_plain(mix.sums), mix.n)) if i else []
     if m.rank: return # the first process writes for all
@@ -250,9 +253,11 @@ def begin(self:Checkpoint,
     "Read what there is, and prove that there is room for more. Raises `ValueError` or `OSError`."
     self.settings = _plain(settings)
     if not resume and read_index(self.folder):
-        raise ValueError(f"{self.folder} has checkpoints of another fit: pass resume=True to go on with it, or another folder")
+        raise ValueError(f"{self.folder} has checkpoints of another fit: pass resume=True to go on with it, or "
+                         "another folder")
     if self.every_steps and not isinstance(phase_dl(learn.dls, 'ssl'), SeededDL):
-        raise ValueError("every_steps needs mixfast's own loaders (mix_dls, MixBlock): others cannot go on within an epoch")
+        raise ValueError("every_steps needs mixfast's own loaders (mix_dls, MixBlock): others cannot go on "
+                         "within an epoch")
     if self.every_steps and learn.recorder.train_metrics:
         raise ValueError("every_steps cannot save what train_metrics have gathered within an epoch: use every")
     mine = [f for f in self.folder.iterdir() if TMP.fullmatch(f.name) or OURS.fullmatch(f.name)]
@@ -274,7 +279,7 @@ def locked(self:Checkpoint, learn):
         check_room(self.folder, 1)
         try: lock.acquire()
         except Timeout: raise ValueError(f"another process is writing checkpoints to {self.folder}") from None
-    first(learn, take)
+    once(learn, take)
     try: yield
     finally: lock.release()
 
@@ -306,7 +311,7 @@ def checkpointing(
         yield
         return
     with cb.locked(learn):
-        cb.state = first(learn, lambda: cb.begin(learn, settings, resume))
+        cb.state = once(learn, lambda: cb.begin(learn, settings, resume))
         with _patient(cb, learn), _from_checkpoint(learn, cb): yield
 
 @contextmanager

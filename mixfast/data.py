@@ -532,7 +532,8 @@ def mix_dls(
     sl,valid,ssl = _stores(sl, valid, ssl, vocab)
     first,stores = sl or ssl,[o for o in (sl,valid,ssl) if o]
     try: device = local_device() if device is None else torch.device(device)
-    except (RuntimeError, TypeError) as e: raise ValueError(f"device must be one that torch knows, got {device!r}") from e
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f"device must be one that torch knows, got {device!r}") from e
     if device.type=='cuda' and not torch.cuda.is_available():
         raise ValueError(f"device is {device}, but there is no GPU")
     if on_device or (on_device is None and fits(stores, device)):

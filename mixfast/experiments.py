@@ -371,7 +371,7 @@ def _runs_bar(runs, scale):
 POLL = 5. # seconds between two looks at what other processes have done
 
 def _claimed(runs, out, missing):
-    "The runs one by one, each claimed by a lock meanwhile. Those that others have claimed are done by them, or taken over."
+    "The runs one by one, each claimed by a lock meanwhile. Those of others are done by them, or taken over."
     runs = list(runs)
     while runs:
         for run in runs:

@@ -26,7 +26,8 @@ def _normalisation(dls)->dict:
     for t in dls.valid.after_batch.fs:
         if isinstance(t, (MixBatch,Normalize)):
             n = 255 if isinstance(t, MixBatch) else 1
-            return {k: np.round(getattr(t, k).flatten().cpu().numpy().astype(float)/n, 6).tolist() for k in ('mean','std')}
+            return {k: np.round(getattr(t, k).flatten().cpu().numpy().astype(float)/n, 6).tolist()
+                    for k in ('mean','std')}
     return {}
 
 def _write(m, folder, args, dls, card):
@@ -73,7 +74,7 @@ def save_backbone(self:MixRecorder,
         _write(m, tmp, args, self.learn.dls, self.model_card())
         try: again = timm.create_model(f'local-dir:{tmp}', pretrained=True).state_dict()
         except (RuntimeError, TypeError, ValueError) as e:
-            raise ValueError(f"timm cannot build this model from {args}: pass all of its arguments as model_args") from e
+            raise ValueError(f"timm cannot build this model from {args}: pass all its arguments as model_args") from e
         if any(not torch.equal(v.cpu(), again[k]) for k,v in m.state_dict().items()):
             raise ValueError("timm reads other weights than were written")
         for f in Path(tmp).iterdir(): os.replace(f, path/f.name)

@@ -9,9 +9,10 @@ __all__ = ['METHODS', 'embed', 'bank_dl', 'knn_predict', 'KNNAccuracy', 'linear_
            'compare_methods', 'method_table', 'plot_methods']
 
 # %% ../nbs/08_insight.ipynb #0574795a
-import math
+import math, psutil
 from contextlib import nullcontext
 from copy import deepcopy
+from itertools import takewhile
 from statistics import median
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.nn.functional as F
@@ -196,13 +197,14 @@ class GradCosines(Callback):
         return finish(ax, ylabel='cosine', ylim=(min(-0.25, self.history.iloc[:,1:].min().min()), 1))
 
 # %% ../nbs/08_insight.ipynb #d8286186
-def _steps(learn):
+def _steps(learn, bs=None, phases=('ssl','mix','sl')):
     "For each phase a function that makes a training step of a copy of the model; the copy; its optimizer"
-    if len(phase_dl(learn.dls, 'mix').dataset[0])<2: raise ValueError("the training images have no labels")
+    if 'mix' in phases and not _labelled(learn): raise ValueError("the training images have no labels")
     m = deepcopy(learn.model)
     opt = learn.opt_func(learn.splitter(m), lr=0.)
     def step(phase):
-        x,*y = phase_dl(learn.dls, phase).one_batch()
+        b = phase_dl(learn.dls, phase).one_batch()
+        x,*y = b if bs is None else [o[torch.arange(bs)%len(o)] for o in b]
         m.to(x.device).train()
         def f():
             m.phase = phase
@@ -214,7 +216,9 @@ def _steps(learn):
             opt.step()
             opt.zero_grad()
         return f
-    return {p: step(p) for p in ('ssl','mix','sl')},m,opt
+    return {p: step(p) for p in phases},m,opt
+
+def _labelled(learn): return len(phase_dl(learn.dls, 'mix').dataset[0])>1
 
 @patch
 def step_times(self:MixRecorder,
@@ -254,11 +258,14 @@ def _nbytes(ts):
     return sum({o.data_ptr(): o.nbytes() for o in (t.untyped_storage() for t in ts if t.device.type!='meta')}.values())
 
 @patch
-def step_bytes(self:MixRecorder)->dict: # Bytes of memory that a training step needs, by phase
+def step_bytes(self:MixRecorder,
+    bs:int=None, # Images a batch; default: as the loaders give them
+    phases:tuple=('ssl','mix','sl'), # Which to look at
+)->dict: # Bytes of memory that a training step needs, by phase
     "The peak on CUDA; else a sum of weights, gradients, optimizer state and what the forward pass keeps"
     res,cuda = {},self.device_type()=='cuda'
     with torch.random.fork_rng():
-        steps,m,opt = _steps(self.learn)
+        steps,m,opt = _steps(self.learn, bs, phases)
         for f in steps.values(): f() # so that the optimizer has its state
         for p,f in steps.items():
             if cuda: torch.cuda.reset_peak_memory_stats()
@@ -269,6 +276,33 @@ def step_bytes(self:MixRecorder)->dict: # Bytes of memory that a training step n
             if cuda: res[p] = torch.cuda.max_memory_allocated()
             else: res[p] = _nbytes([*kept, *m.parameters(), *m.buffers(), *state]) + grads
     return res
+
+# %% ../nbs/08_insight.ipynb #a0779f74
+def _memory(cuda)->float:
+    "Bytes that this process may use: 80 % of what is free, and what torch holds already"
+    if not cuda: return 0.8*psutil.virtual_memory().available
+    return 0.8*(torch.cuda.mem_get_info()[0]+torch.cuda.memory_reserved())
+
+@patch
+def find_batch_size(self:MixRecorder,
+    most:int=4096, # At most so many images
+    memory:int=None, # Bytes that a step may use; default: 80 % of what is free
+)->int: # Images a batch, for each of several processes
+    "The largest batch, a power of 2, whose steps fit into the memory. Raises `MemoryError` if 2 images do not."
+    cuda,phases = self.device_type()=='cuda',('ssl','mix','sl') if _labelled(self.learn) else ('ssl',)
+    memory = _memory(cuda) if memory is None else memory
+    def need(bs):
+        try: return max(self.step_bytes(bs, phases).values())
+        except torch.OutOfMemoryError: return math.inf
+        finally: torch.cuda.empty_cache()
+    if not cuda:
+        a,b = need(2),need(4)
+        need = lambda bs: a+(b-a)*(bs-2)/2
+    sizes = [2**i for i in range(1, max(most, 2).bit_length())]
+    fit = list(takewhile(lambda bs: need(bs)<=memory, sizes))
+    if not fit:
+        raise MemoryError(f"a step with 2 images needs more than {memory/1e6:.0f} MB: take a smaller model or image")
+    return fit[-1]
 
 # %% ../nbs/08_insight.ipynb #6c7d38bf
 @patch

@@ -117,7 +117,7 @@ def _allow(trainer):
     if not kind.startswith('MULTI_'):
         if kind=='NO': raise ValueError("the processes do not know each other: on CPUs use learn.distrib_ctx(cpu=True)")
         raise ValueError(f"several processes train by DistributedDataParallel here, not by {kind}: use torchrun, or "
-                         "accelerate launch --multi_gpu. Of large models, see learn.model.backbone.set_grad_checkpointing()")
+                         "accelerate launch --multi_gpu. For large models: learn.model.backbone.set_grad_checkpointing()")
     if amp!='no': raise ValueError(f"mixed_precision of accelerate is {amp!r}: use 'no' there, and learn.to_bf16()")
     acc.ddp_handler = acc.ddp_handler or DistributedDataParallelKwargs()
     acc.ddp_handler.find_unused_parameters = True

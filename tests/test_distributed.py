@@ -2,11 +2,13 @@
 import os, pickle, re, signal, socket, subprocess, sys, time, traceback
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 from fastai.vision.all import (Callback, CategoryBlock, DataBlock, EarlyStoppingCallback, GradientAccumulation, ImageDataLoaders, MixedPrecision, PILImage,
     ProgressCallback, RandomSplitter, RocAucBinary, SaveModelCallback, accuracy, noop, resnet18, set_seed, vision_learner)
 from mixfast.all import AE, BatchFlip, KNNAccuracy, MAE, MixBlock, mix_dls, mix_learner
 from mixfast.checkpoint import read_index
+from mixfast.distributed import _allow
 from conftest import HOT, TINY, images, same, state
 pytest.importorskip('accelerate')
 import fastai.distributed # gives learners `distrib_ctx`
@@ -242,6 +244,8 @@ def test_errors(launch, tmp_path):
         os.environ['ACCELERATE_MIXED_PRECISION'] = 'bf16'
         return learner(bs)
     says("mixed_precision of accelerate is 'bf16'", make_learn=amp)
+    fsdp = SimpleNamespace(accelerator=SimpleNamespace(distributed_type='FSDP', mixed_precision='no'))
+    with pytest.raises(ValueError, match='not by FSDP: use torchrun'): _allow(fsdp)
 
 def test_gradient_checkpointing(launch):
     "Blocks that are computed again in the backward pass, for backbones that do not fit: the same weights"

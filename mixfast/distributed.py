@@ -35,13 +35,18 @@ def loaders(
     return list(dict.fromkeys([*(phase_dl(dls, p) for p in ('ssl','mix','sl')), dls.valid]))
 
 # %% ../nbs/04a_distributed.ipynb #37e51a0e
-def shared(o):
+def shared(
+    o, # Anything that can be pickled
+):
     "What the first process has for `o`"
     box = [o]
     dist.broadcast_object_list(box)
     return box[0]
 
-def once(learn:Learner, f):
+def once(
+    learn:Learner, # In `distrib_ctx` or not
+    f, # Function without arguments; what it returns or raises is pickled
+):
     "`f()`, called by the first process alone; what it returns or raises, all do"
     rank,n = ranks(learn)
     if n==1: return f()
@@ -53,13 +58,18 @@ def once(learn:Learner, f):
     if err is not None: raise err
     return res
 
-def everyones(learn:Learner, o)->list:
+def everyones(
+    learn:Learner, # In `distrib_ctx` or not
+    o, # Anything that can be pickled
+)->list: # By the number of the process
     "What each of the processes has for `o`"
     res = [o]*ranks(learn)[1]
     if len(res)>1: dist.all_gather_object(res, o)
     return res
 
-def summed(t)->torch.Tensor:
+def summed(
+    t, # Tensor of the same shape in each process, on its device
+)->torch.Tensor: # A new one
     "The sum of a tensor over all processes"
     t = t.detach().clone()
     dist.all_reduce(t)
@@ -73,7 +83,9 @@ def sizes(self:SeededDL)->list:
     return [o.stop-o.start for o in parts]
 
 @patch
-def gathered(self:SeededDL, x)->torch.Tensor:
+def gathered(self:SeededDL,
+    x, # A row for each sample of this process, tensor [n,...]
+)->torch.Tensor: # [sum of n,...]
     "The rows of all processes, those of the first first"
     ns = self.sizes()
     if self.part(self.at, 0)==self.part(self.at, 1): return x # all have all
@@ -83,7 +95,9 @@ def gathered(self:SeededDL, x)->torch.Tensor:
     return torch.cat([o[:n] for o,n in zip(res, ns)])
 
 @patch
-def averaged(self:SeededDL, x)->torch.Tensor:
+def averaged(self:SeededDL,
+    x, # Mean over the samples of this process: number, array or tensor
+)->torch.Tensor: # As large as `x`
     "The mean over all processes, times what makes a mean weighted by the samples of this one right"
     ns,n,k = self.sizes(),min(self.n, len(self)*self.whole),len(self)
     own,last = ns[self.share[0]],self.part(k-1)
@@ -94,7 +108,11 @@ def averaged(self:SeededDL, x)->torch.Tensor:
 
 # %% ../nbs/04a_distributed.ipynb #abd46fcf
 @patch
-def to_detach(self:SeededDL, b, cpu=True, gather=True):
+def to_detach(self:SeededDL,
+    b, # Predictions, labels, means: nested tensors, arrays and numbers
+    cpu:bool=True, # Move to the CPU
+    gather:bool=True, # Of all processes?
+):
     "A batch, or what a metric has made of it, of all processes"
     own = self.sizes()[self.share[0]]
     def one(x):

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from fastai.vision.all import (Adam, AvgMetric, Callback, CancelEpochException, CategoryBlock, DataBlock, GradientAccumulation, ImageBlock, ImageDataLoaders, Metric, PILImage, ProgressCallback,
     RandomSplitter, SGD, SaveModelCallback, accuracy, noop, ranger, resnet18, set_seed, vision_learner)
-from mixfast.all import AE, BatchFlip, MAE, MixBlock, mix_dls, mix_learner
+from mixfast import objective
+from mixfast.all import AE, BatchFlip, MAE, MixBlock, MixDL, mix_dls, mix_learner
 from mixfast.checkpoint import INDEX, check_room, load_state, read_index, save_state, write_atomic
 from conftest import HOT, TINY, images, same, state
 sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'))
@@ -60,6 +61,40 @@ def test_other_callbacks(make, tmp_path):
     cbs = lambda: [GradientAccumulation(12), SaveModelCallback(monitor='accuracy', fname='best')]
     learn = check_resumed(new, tmp_path/'run', (3,14,9), every_steps=3, cbs=cbs)
     assert (tmp_path/'models'/'best.pth').exists()
+
+def test_samples_and_draws(make, tmp_path, monkeypatch):
+    "What a fit that dies three times reads and draws, one log after the other, is what an undisturbed one does"
+    log,on = [],[False]
+    def note(kind, o):
+        if on[0]: log.append((kind, np.asarray(o).tolist()))
+        return o
+    load,mask,flip = MixDL.load,objective.random_mask,BatchFlip.__call__
+    monkeypatch.setattr(MixDL, 'load', lambda self, idxs, key: load(self, note('samples', idxs), note('key', key)))
+    monkeypatch.setattr(objective, 'random_mask', lambda *args: note('mask', mask(*args)))
+    def flipped(self, x): # which of the images are another way round now
+        y = flip(self, x)
+        note('flips', (x!=y).flatten(1).any(1))
+        return y
+    monkeypatch.setattr(BatchFlip, '__call__', flipped)
+    class Switch(Callback):
+        "What counts is read and drawn in training"
+        def before_train(self): on[0] = True
+        def after_train(self): on[0] = False
+    def new(seed):
+        set_seed(seed)
+        dls = mix_dls(images(40), images(9, seed=1), ssl=images(50, seed=2)[0], bs=8, tfms=[BatchFlip()], ssl_tfms=[BatchFlip()])
+        return make(seed=seed, dls=dls)
+    def fit(learn, **kwargs): learn.fit_mixtraining(4, 4, checkpoint=tmp_path/str(kwargs.pop('folder')), every_steps=1, resume=True, **kwargs)
+    fit(new(0), folder='peace', cbs=Switch())
+    peace,log[:] = log[:],[]
+    for n in (2, 13, 10): # steps from the last death on: in the SSL, the mix and the SL phase
+        with pytest.raises(RuntimeError, match='died'): fit(new(n-2), folder='run', cbs=[Switch(), Die(n)])
+        on[0] = False
+    fit(new(9), folder='run', cbs=Switch())
+    assert log==peace
+    assert {k for k,_ in log}=={'samples','key','mask','flips'}
+    ids = [o for k,o in log if k=='samples']
+    assert sorted(sum(ids[:6], []))!=sum(ids[:6], []) and len(set(sum(ids[:6], [])))==48, 'shuffled, each image once'
 
 @pytest.fixture
 def files(tmp_path):

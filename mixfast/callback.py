@@ -132,6 +132,7 @@ def after_loss(self:MixTrainingCallback):
         a = self.alpha_now()
         self.learn.loss_grad = a*self.ssl_loss + (1-a)*self.learn.loss_grad
         self.learn.loss = self.learn.loss_grad.clone()
+    if self.world>1: self.learn.loss_grad = self.learn.loss_grad*getattr(self.dl, 'weight', 1) # of unequal shares
     if self.ph.ssl: self.losses['ssl_loss'] = self.ssl_loss
     self.losses['train_loss'] = self.learn.loss
     self.guard()
@@ -259,7 +260,7 @@ class SmoothLoss(AvgSmoothLoss):
     def accumulate(self, learn):
         self.count += 1
         loss,n = to_detach(learn.loss.mean(), cpu=False, gather=False),learn.mix_training.world
-        if n>1: loss = summed(loss)/n
+        if n>1: loss = summed(loss*getattr(learn.dl, 'weight', 1))/n
         self.val = torch.lerp(loss, self.val.to(loss), self.beta)
 
 class Late:

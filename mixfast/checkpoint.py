@@ -171,7 +171,7 @@ def save(self:Checkpoint, epoch, i):
         raise FloatingPointError(f"weights are not finite: {bad[0]}. The last checkpoint in {self.folder} is "
                                  "from before")
     rec,mix,at = self.recorder,self.mix,dict(epoch=epoch, iter=i)
-    seen = everyones(learn, (_plain(mix.sums), mix.n)) if i else []
+    seen = everyones(learn, (to_device(_plain(mix.sums), 'cpu'), mix.n)) if i else []
     if m.rank: return # the first process writes for all
     keep = {k: getattr(rec, k) for k in ('lrs','iters','losses','values')}
     grads = {n: p.grad for n,p in m.mm.named_parameters() if p.grad is not None} # that wait to be accumulated

@@ -82,6 +82,12 @@ def sizes(self:SeededDL)->list:
     parts = [self.part(self.at, r) for r in range(self.share[1])]
     return [o.stop-o.start for o in parts]
 
+@patch(as_prop=True)
+def weight(self:SeededDL)->float:
+    "What makes the mean over processes of their means over the last batch the mean over all of it"
+    ns = self.sizes()
+    return ns[self.share[0]]*len(ns)/sum(ns)
+
 @patch
 def gathered(self:SeededDL,
     x, # A row for each sample of this process, tensor [n,...]
@@ -103,7 +109,7 @@ def averaged(self:SeededDL,
     own,last = ns[self.share[0]],self.part(k-1)
     mine = (k-1)*self.bs + last.stop-last.start # samples of a pass in this process
     x = torch.as_tensor(x, device=self.device)
-    x = summed((x if x.is_floating_point() else x.float())*own/sum(ns))
+    x = summed((x if x.is_floating_point() else x.float())*self.weight)/len(ns)
     return x * (min(self.whole, n-self.at*self.whole)/own * mine/n)
 
 # %% ../nbs/04a_distributed.ipynb #abd46fcf

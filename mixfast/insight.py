@@ -13,6 +13,7 @@ import math, psutil
 from contextlib import nullcontext
 from copy import deepcopy
 from itertools import takewhile
+from numbers import Integral, Real
 from statistics import median
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.nn.functional as F
@@ -289,6 +290,9 @@ def find_batch_size(self:MixRecorder,
     memory:int=None, # Bytes that a step may use; default: 80 % of what is free
 )->int: # Images a batch, for each of several processes
     "The largest batch, a power of 2, whose steps fit into the memory. Raises `MemoryError` if 2 images do not."
+    if not isinstance(most, Integral) or most<2: raise ValueError(f"most must be a whole number from 2 up, got {most!r}")
+    if memory is not None and not (isinstance(memory, Real) and memory>0):
+        raise ValueError(f"memory must be a number of bytes, got {memory!r}")
     cuda,phases = self.device_type()=='cuda',('ssl','mix','sl') if _labelled(self.learn) else ('ssl',)
     memory = _memory(cuda) if memory is None else memory
     def need(bs):
@@ -298,7 +302,7 @@ def find_batch_size(self:MixRecorder,
     if not cuda:
         a,b = need(2),need(4)
         need = lambda bs: a+(b-a)*(bs-2)/2
-    sizes = [2**i for i in range(1, max(most, 2).bit_length())]
+    sizes = [2**i for i in range(1, most.bit_length())]
     fit = list(takewhile(lambda bs: need(bs)<=memory, sizes))
     if not fit:
         raise MemoryError(f"a step with 2 images needs more than {memory/1e6:.0f} MB: take a smaller model or image")

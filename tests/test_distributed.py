@@ -60,7 +60,7 @@ class Log(Callback):
         x = self.xb[0] if self.xb else self.learn.x
         self.rows.append((self.epoch, self.iter, m.ph.name, m.alpha_now(), self.opt.hypers[0]['lr'], (x.flatten(1) @ torch.linspace(-1, 1, x[0].numel()).sin()).tolist()))
 
-def fit(rank, world=1, bs=12, make_learn=None, seed=None, e=(4,4), cbs=(), after=None, distrib=dict(cpu=True), n=48, **kwargs):
+def fit(rank, world=1, bs=12, make_learn=None, seed=None, e=(4,4), cbs=(), after=None, distrib=dict(cpu=True), **kwargs):
     "A fit of one process among `world`; all that it leaves behind. `bs` is the batch of all together"
     set_seed(rank if seed is None else seed, reproducible=True)
     learn = (make_learn or learner)(bs//world)
@@ -113,7 +113,7 @@ def test_all_phases(launch, world):
         assert len(xs)==12 and len({round(x, 4) for x in xs})==12
     assert a['loaders']==['MixDL','MixDL']
 
-@pytest.mark.parametrize('world,kwargs', [(2, dict(objective=AE)), (3, dict(mask=fixed_mask)), (2, dict(objective=MAE(drop='mix'), mask=fixed_mask)), (2, dict(ssl=False, objective=AE, valid=0))])
+@pytest.mark.parametrize('world,kwargs', [(2, dict(objective=AE)), (3, dict(mask=fixed_mask)), (2, dict(objective=MAE(drop='mix'), mask=fixed_mask)), (2, dict(ssl=False, objective=AE, valid=0, n=41, drop_last=False))])
 def test_as_one_process(launch, world, kwargs):
     "Half the batch in two processes is the batch of one; nothing is random but the order and the partners"
     new = partial(learner, metrics=[accuracy, KNNAccuracy(every_phase=True)] if kwargs.get('valid', 1) else None, **kwargs)

@@ -21,9 +21,10 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import find_bs, to_detach
+from timm.utils import unwrap_model
 
 from .data import SeededDL, check_seed, phase_dl
-from .distributed import once, ranks, shared, summed
+from .distributed import once, plain, ranks, shared, summed
 from .model import MixModel, MixOutput, no_decay
 from .objective import evaluating
 from .phases import MixPlan, phase_colors
@@ -57,6 +58,11 @@ class MixTrainingCallback(Callback):
             for p in no_decay(self.mm): self.opt.state[p]['do_wd'] = False
         if self.on_nan=='skip' and any(isinstance(cb, GradientAccumulation) for cb in self.cbs):
             raise ValueError("on_nan='skip' cannot take a batch out of gradients that are gathered: use 'stop'")
+        if self.world>1 and any(isinstance(cb, GradientAccumulation) for cb in self.cbs):
+            dls = [dl for dl in (phase_dl(self.dls, p.name) for p in self.plan.phases) if isinstance(dl, SeededDL)]
+            if any(len(set(dl.sizes(len(dl)-1)))>1 for dl in dls): raise ValueError(
+                "GradientAccumulation counts the images of each process, and the last batch is not the same for all: "
+                "use drop_last=True, and batches that the images fill")
         self.n_bad = torch.zeros((), dtype=torch.int64, device=next(self.mm.parameters()).device)
         self.first_bad,self.good,self.skipped = self.n_bad-1,{},0
 
@@ -106,7 +112,7 @@ def seed_step(self:MixTrainingCallback, i):
     s = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(s); np.random.seed(s); torch.default_generator.manual_seed(s)
     if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(s)
-    if i<0 and not isinstance(self.learn.dl, SeededDL): getattr(self.learn.dl, 'dl', self.learn.dl).rng.seed(s)
+    if i<0 and not isinstance(self.learn.dl, SeededDL): plain(self.learn.dl).rng.seed(s)
 
 @patch
 def before_batch(self:MixTrainingCallback):
@@ -132,10 +138,17 @@ def after_loss(self:MixTrainingCallback):
         a = self.alpha_now()
         self.learn.loss_grad = a*self.ssl_loss + (1-a)*self.learn.loss_grad
         self.learn.loss = self.learn.loss_grad.clone()
-    if self.world>1: self.learn.loss_grad = self.learn.loss_grad*getattr(self.dl, 'weight', 1) # of unequal shares
+    if self.world>1: self.together()
     if self.ph.ssl: self.losses['ssl_loss'] = self.ssl_loss
     self.losses['train_loss'] = self.learn.loss
     self.guard()
+
+@patch
+def together(self:MixTrainingCallback):
+    "The loss is the mean over all processes, so that callbacks decide alike; each weighs by its samples"
+    w = getattr(self.dl, 'weight', 1)
+    self.learn.loss_grad = self.learn.loss_grad*w
+    self.learn.loss = summed(self.learn.loss.detach().as_subclass(torch.Tensor)*w)/self.world
 
 # %% ../nbs/06_callback.ipynb #60fe1943
 @patch
@@ -154,7 +167,6 @@ def after_backward(self:MixTrainingCallback):
     if not scaled: # the loss scaler of float16 looks at gradients itself
         norms = torch._foreach_norm([p.grad for p in self.mm.parameters() if p.grad is not None])
         bad = bad | ~torch.isfinite(torch.stack(norms).sum())
-    if self.world>1: bad = summed(bad.int())>0 # in any of the processes
     self.first_bad = torch.where(bad & (self.n_bad==0), len(self.recorder.lrs), self.first_bad)
     self.n_bad = self.n_bad+bad
     block = bad if self.on_nan=='skip' else self.n_bad>0
@@ -180,8 +192,8 @@ def check_finite(self:MixTrainingCallback):
         if new: warnings.warn(f"{new} of {self.n_iter} steps of epoch {self.epoch} were skipped: not finite")
     elif n: raise FloatingPointError(
         f"the loss or its gradient is not finite at step {i} of the fit, in epoch {self.epoch}, in the {self.ph.name} "
-        f"phase, at a learning rate of {lrs[min(i, len(lrs)-1)]:.2e}. The weights are those of the step before. Try a lower "
-        "rate or a longer warm-up, look at the images, or pass on_nan='skip'.")
+        f"phase, at a learning rate of {lrs[min(i, len(lrs)-1)]:.2e}. The weights are those of the step before. Try a "
+        "lower rate or a longer warm-up, look at the images, or pass on_nan='skip'.")
 
 @patch
 def after_train(self:MixTrainingCallback): self.check_finite()
@@ -259,8 +271,7 @@ class SmoothLoss(AvgSmoothLoss):
     "fastai's smoothed loss, on the device that the loss is on"
     def accumulate(self, learn):
         self.count += 1
-        loss,n = to_detach(learn.loss.mean(), cpu=False, gather=False),learn.mix_training.world
-        if n>1: loss = summed(loss*getattr(learn.dl, 'weight', 1))/n
+        loss = to_detach(learn.loss.mean(), cpu=False, gather=False)
         self.val = torch.lerp(loss, self.val.to(loss), self.beta)
 
 class Late:
@@ -298,6 +309,7 @@ def before_train(self:MixRecorder):
 def after_batch(self:MixRecorder):
     if not (self.active and self.training and self.active.losses): return
     bs = find_bs(self.learn.yb)
+    if self.active.world>1: bs /= getattr(self.dl, 'repeats', 1)
     for k,v in self.active.losses.items(): self.sums[k] = self.sums.get(k, 0) + v.detach()*bs
     self.n += bs
     now = dict(epoch=self.epoch+self.iter/self.n_iter, lr=self.recorder.lrs[-1], alpha=self.active.alpha_now())
@@ -396,7 +408,7 @@ def show_reconstructions(self:MixRecorder,
     fig=None, # Matplotlib figure or subfigure to draw on
 ):
     "Images, what the objective sees of them, and its reconstructions, in three rows"
-    m,dl = self.learn.model,self.dls.valid if len(self.dls.valid) else self.dls.train
+    m,dl = unwrap_model(self.learn.model),self.dls.valid if len(self.dls.valid) else self.dls.train
     if x is None and not len(dl): raise ValueError("there are no images to show: pass x")
     with torch.random.fork_rng(), evaluating(m): # looking does not change what comes next
         x = (dl.one_batch()[0] if x is None else x)[:n].to(next(m.parameters()).device).as_subclass(torch.Tensor)

@@ -112,13 +112,14 @@ def fingerprint(
     world:int=1, # Processes: the batch is that of all
 )->dict:
     "What identifies the data of a loader: number; checksums of some images in memory and all labels, or of file names"
-    ds = dl.dataset
+    ds,bs = dl.dataset,dl.bs*world
+    if isinstance(dl, SeededDL): bs = max(min(bs, len(ds)), 1) # fewer images than that make one batch
     if not isinstance(ds, ImageStore):
         names = '\n'.join(Path(o).name for o in getattr(ds, 'items', []) if isinstance(o, (str,Path)))
-        return dict(n=len(ds), bs=dl.bs*world, names=zlib.crc32(names.encode()))
+        return dict(n=len(ds), bs=bs, names=zlib.crc32(names.encode()))
     some = ds.x[::max(len(ds)//64, 1)].cpu().numpy().tobytes()
     y = b'' if ds.y is None else ds.y.cpu().numpy().tobytes()
-    return dict(n=len(ds), bs=dl.bs*world, shape=list(ds.shape), crc=zlib.crc32(y, zlib.crc32(some)))
+    return dict(n=len(ds), bs=bs, shape=list(ds.shape), crc=zlib.crc32(y, zlib.crc32(some)))
 
 def _loaders(dls)->list: return [dl for dl in loaders(dls) if isinstance(dl, SeededDL)]
 
@@ -170,19 +171,26 @@ def save(self:Checkpoint, epoch, i):
     if bad:
         raise FloatingPointError(f"weights are not finite: {bad[0]}. The last checkpoint in {self.folder} is "
                                  "from before")
-    rec,mix,at = self.recorder,self.mix,dict(epoch=epoch, iter=i)
-    seen = everyones(learn, (to_device(_plain(mix.sums), 'cpu'), mix.n)) if i else []
-    if m.rank: return # the first process writes for all
+    seen = everyones(learn, (to_device(_plain(self.mix.sums), 'cpu'), self.mix.n)) if i else []
+    def write():
+        try: save_state(self.folder, _plain(self.collect(epoch, i, seen)))
+        except OSError as e: raise OSError(f"no checkpoint could be written: {e}. The one before is still there") from e
+    once(learn, write) # one process writes for all, and all know if it cannot
+
+@patch
+def collect(self:Checkpoint, epoch, i, seen)->dict:
+    "The state of the fit; `seen` are the losses of an epoch that is not over, by process"
+    learn,m,rec,mix = self.learn,self.mix_training,self.recorder,self.mix
     keep = {k: getattr(rec, k) for k in ('lrs','iters','losses','values')}
     grads = {n: p.grad for n,p in m.mm.named_parameters() if p.grad is not None} # that wait to be accumulated
-    save_state(self.folder, _plain(dict(**at, settings=self.settings, seed=m.seed,
+    return dict(epoch=epoch, iter=i, settings=self.settings, seed=m.seed,
         model=m.mm.state_dict(), opt=learn.opt.state_dict(), grads=grads, scaler=_scaler(learn),
         loaders=[(*dl.key, dl.passes-(i>0 and dl is learn.dl)) for dl in _loaders(learn.dls)],
         recorder=keep, smooth=(rec.smooth_loss.count, rec.smooth_loss.val),
         mix=dict(rows=mix.rows, sched=mix.sched, on_cpu=mix.on_cpu),
         within=dict(seen=seen, seconds=mix.clock()-mix.t_train, pct_train=learn.pct_train) if i else {},
         nan=dict(n_bad=m.n_bad, first_bad=m.first_bad, good=m.good, skipped=m.skipped), train_iter=learn.train_iter,
-        callbacks={cb.name: {k: vars(cb)[k] for k in self.counters if k in vars(cb)} for cb in learn.cbs})))
+        callbacks={cb.name: {k: vars(cb)[k] for k in self.counters if k in vars(cb)} for cb in learn.cbs})
 
 def _scaler(learn):
     "The state of the loss scaler of float16, if there is one"

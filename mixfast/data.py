@@ -282,6 +282,12 @@ def part(self:SeededDL, i, rank=None)->slice: # Within the order of the pass
     return slice(start+n*r//world, start+n*(r+1)//world) if n>=world else slice(start, start+n)
 
 @patch
+def size(self:SeededDL, i, rank=None)->int:
+    "Samples of batch `i` in a process"
+    o = self.part(i, rank)
+    return max(o.stop-o.start, 1)
+
+@patch
 def rank_key(self:SeededDL)->tuple:
     "What processes add to their keys; nothing for the first: it draws what a lone one would"
     return self.share[:1]*(self.share[0]>0)
@@ -301,16 +307,17 @@ def get_idxs(self:SeededDL):
 def sample(self:SeededDL):
     "The samples of this worker: every so many batches"
     idxs = self._DataLoader__idxs # what fastai's `__iter__` has got from `get_idxs`
-    idxs = np.asarray(idxs if hasattr(idxs, '__len__') else list(islice(idxs, self.n)))[:len(self)*self.bs]
-    batches = [idxs[i:i+self.bs] for i in range(0, len(idxs), self.bs)]
-    return np.concatenate([idxs[:0], *batches[self.skip+self.offs::self.num_workers]])
+    idxs = np.asarray(idxs if hasattr(idxs, '__len__') else list(islice(idxs, self.n)))
+    ends = np.cumsum([self.size(i) for i in range(len(self))], dtype=int)
+    return np.concatenate([idxs[:0], *np.split(idxs, ends)[:-1][self.skip+self.offs::self.num_workers]])
 
 @patch
 def create_batches(self:SeededDL, samps):
     idxs,key = np.asarray(samps if isinstance(samps, np.ndarray) else list(samps)),(*self.key, self.passes)
-    for i,j in enumerate(range(0, len(idxs), self.bs)):
-        at = self.skip+self.offs+i*self.num_workers # the number of the batch
-        yield self.load(idxs[j:j+self.bs], (*key, at, *self.rank_key()))
+    for at in count(self.skip+self.offs, self.num_workers): # the number of the batch
+        if not len(idxs): return
+        now,idxs = np.split(idxs, [self.size(at)])
+        yield self.load(now, (*key, at, *self.rank_key()))
 
 @patch
 def load(self:SeededDL,

@@ -32,6 +32,7 @@ from timm.utils import unwrap_model
 
 from .callback import MixRecorder
 from .data import MixDL, phase_dl
+from .distributed import everyones, plain
 from .model import MixModel
 from .objective import body, evaluating, features, logits, to_tokens
 from .phases import MixPlan
@@ -65,7 +66,8 @@ def bank_dl(
     dls = learn.dls
     if len(dls.train_ds[0])<2: raise ValueError("the training images have no labels: neighbours cannot vote")
     ds = dls.train_ds
-    dl = dls.valid.new(ds) if isinstance(dls.train, MixDL) else dls.test_dl(ds.items, with_labels=True)
+    if isinstance(dls.train, MixDL): dl = dls.valid.new(ds)
+    else: dl = type(dls)(*map(plain, dls.loaders)).test_dl(ds.items, with_labels=True)
     idxs = np.random.default_rng(0).permutation(len(ds))[:n]
     return dl.new(get_idxs=_Const(idxs), n=len(idxs))
 
@@ -151,7 +153,7 @@ def grad_cosines(self:MixRecorder,
     alpha:float=0.5, # Weight of the SSL loss in the mix
 )->dict: # 'ssl_sl', 'ssl_mix', 'sl_mix'
     "Cosines between the gradients at the last layer of the backbone on a batch; nothing is changed"
-    learn,m = self.learn,self.learn.model
+    learn,m = self.learn,unwrap_model(self.learn.model)
     with torch.random.fork_rng(): x,*y = phase_dl(learn.dls, 'mix').one_batch() if b is None else b
     dev = next(m.parameters()).device
     x,phase = x.to(dev).as_subclass(torch.Tensor),m.phase
@@ -201,7 +203,7 @@ class GradCosines(Callback):
 def _steps(learn, bs=None, phases=('ssl','mix','sl')):
     "For each phase a function that makes a training step of a copy of the model; the copy; its optimizer"
     if 'mix' in phases and not _labelled(learn): raise ValueError("the training images have no labels")
-    m = deepcopy(learn.model)
+    m = deepcopy(unwrap_model(learn.model))
     opt = learn.opt_func(learn.splitter(m), lr=0.)
     def step(phase):
         b = phase_dl(learn.dls, phase).one_batch()
@@ -220,6 +222,8 @@ def _steps(learn, bs=None, phases=('ssl','mix','sl')):
     return {p: step(p) for p in phases},m,opt
 
 def _labelled(learn): return len(phase_dl(learn.dls, 'mix').dataset[0])>1
+
+def _device(learn): return phase_dl(learn.dls, 'ssl').one_batch()[0].device # a fit will move the model there
 
 @patch
 def step_times(self:MixRecorder,
@@ -264,49 +268,51 @@ def step_bytes(self:MixRecorder,
     phases:tuple=('ssl','mix','sl'), # Which to look at
 )->dict: # Bytes of memory that a training step needs, by phase
     "The peak on CUDA; else a sum of weights, gradients, optimizer state and what the forward pass keeps"
-    res,cuda = {},self.device_type()=='cuda'
+    res,dev = {},_device(self.learn)
+    cuda = dev.type=='cuda'
     with torch.random.fork_rng():
         steps,m,opt = _steps(self.learn, bs, phases)
         for f in steps.values(): f() # so that the optimizer has its state
         for p,f in steps.items():
-            if cuda: torch.cuda.reset_peak_memory_stats()
+            if cuda: torch.cuda.reset_peak_memory_stats(dev)
             kept = []
             with nullcontext() if cuda else saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t): f()
             state = [v for g in getattr(opt, 'opt', opt).state.values() for v in g.values() if torch.is_tensor(v)]
             grads = sum(o.nbytes for o in m.parameters()) # as large as the weights
-            if cuda: res[p] = torch.cuda.max_memory_allocated()
+            if cuda: res[p] = torch.cuda.max_memory_allocated(dev)
             else: res[p] = _nbytes([*kept, *m.parameters(), *m.buffers(), *state]) + grads
     return res
 
 # %% ../nbs/08_insight.ipynb #a0779f74
-def _memory(cuda)->float:
-    "Bytes that this process may use: 80 % of what is free, and what torch holds already"
-    if not cuda: return 0.8*psutil.virtual_memory().available
-    return 0.8*(torch.cuda.mem_get_info()[0]+torch.cuda.memory_reserved())
+def _memory(dev)->float:
+    "Bytes that this process may use: 80 % of what is free or held by torch already"
+    if dev.type!='cuda': return 0.8*psutil.virtual_memory().available
+    return 0.8*(torch.cuda.mem_get_info(dev)[0]+torch.cuda.memory_reserved(dev))
 
 @patch
 def find_batch_size(self:MixRecorder,
     most:int=4096, # At most so many images
     memory:int=None, # Bytes that a step may use; default: 80 % of what is free
-)->int: # Images a batch, for each of several processes
+)->int: # Images a batch, for each of the processes that train
     "The largest batch, a power of 2, whose steps fit into the memory. Raises `MemoryError` if 2 images do not."
-    if not isinstance(most, Integral) or most<2: raise ValueError(f"most must be a whole number from 2 up, got {most!r}")
+    if not isinstance(most, Integral) or most<2:
+        raise ValueError(f"most must be a whole number from 2 up, got {most!r}")
     if memory is not None and not (isinstance(memory, Real) and memory>0):
         raise ValueError(f"memory must be a number of bytes, got {memory!r}")
-    cuda,phases = self.device_type()=='cuda',('ssl','mix','sl') if _labelled(self.learn) else ('ssl',)
-    memory = _memory(cuda) if memory is None else memory
+    dev,phases = _device(self.learn),('ssl','mix','sl') if _labelled(self.learn) else ('ssl',)
+    memory = _memory(dev) if memory is None else memory
     def need(bs):
         try: return max(self.step_bytes(bs, phases).values())
         except torch.OutOfMemoryError: return math.inf
         finally: torch.cuda.empty_cache()
-    if not cuda:
+    if dev.type!='cuda':
         a,b = need(2),need(4)
         need = lambda bs: a+(b-a)*(bs-2)/2
     sizes = [2**i for i in range(1, most.bit_length())]
     fit = list(takewhile(lambda bs: need(bs)<=memory, sizes))
     if not fit:
         raise MemoryError(f"a step with 2 images needs more than {memory/1e6:.0f} MB: take a smaller model or image")
-    return fit[-1]
+    return min(everyones(self.learn, fit[-1]))
 
 # %% ../nbs/08_insight.ipynb #6c7d38bf
 @patch

@@ -9,6 +9,7 @@ __all__ = ['recipes', 'Recipe', 'get_recipe', 'check_data', 'check_classifier', 
            'fit_settings', 'create_backbone', 'mix_learner']
 
 # %% ../nbs/07_learner.ipynb #a8864a46
+import re
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -90,11 +91,11 @@ def check_classifier(learn:Learner, plan:MixPlan):
 @contextmanager
 def restored(learn:Learner, cbs=None):
     "Restore on every way out what a fit with phases changes about `learn` and `cbs`"
-    rec,dev = learn.recorder,next(learn.model.parameters()).device.type
+    rec = learn.recorder
     runs = [(cb, cb.run) for cb in learn.cbs+L(cbs) if isinstance(cb, Callback)]
     own = {learn: ('loss_func','logger'), learn.model: ('phase',), rec: ('add_time','train_metrics','smooth_loss')}
     old = [(o, k, getattr(o, k)) for o,ks in own.items() for k in ks]
-    amp = torch.is_autocast_enabled(dev)
+    amp = {d: torch.is_autocast_enabled(d) for d in ('cpu','cuda')} # the fit may move the model
     try: yield
     finally:
         for o,k,v in old: setattr(o, k, v)
@@ -102,8 +103,8 @@ def restored(learn:Learner, cbs=None):
         forget_inf(learn.opt)
         learn.model.zero_grad() # a step that was interrupted leaves its gradients
         if hasattr(learn, 'progress'): vars(learn.progress).pop('after_batch', None)
-        if torch.is_autocast_enabled(dev) and not amp:
-            torch.set_autocast_enabled(dev, False)
+        for d in [d for d in amp if torch.is_autocast_enabled(d) and not amp[d]]:
+            torch.set_autocast_enabled(d, False)
             while torch.autocast_decrement_nesting()>0: pass
             torch.clear_autocast_cache()
 
@@ -138,7 +139,8 @@ def fit_settings(learn:Learner, mix:MixTrainingCallback, recipe:Recipe, sl_sched
     objective = dict(objective=type(o).__name__) | {k: getattr(o, k, None) for k in ('mask_ratio','drop')}
     data = {k: getattr(dls, k, None) for k in ('seed','lam')} | dict(valid=fingerprint(dls.valid, world))
     data |= {n: fingerprint(phase_dl(dls, n), world) for n in ('ssl','mix','sl')}
-    tfms = {f'{n}_tfms': repr(tfms_of(phase_dl(dls, n))) for n in ('ssl','sl')}
+    named = lambda o: re.sub(r' at 0x[0-9a-f]+', '', repr(o)) # a function has another address in each process
+    tfms = {f'{n}_tfms': named(tfms_of(phase_dl(dls, n))) for n in ('ssl','sl')}
     return dict(**fit, sl_sched=sl_sched, recipe=asdict(recipe), **objective,
                 optimizer=type(getattr(opt, 'opt', opt)).__name__, precision=amp.amp_mode.value if amp else 'fp32',
                 wd_bn_bias=learn.wd_bn_bias,

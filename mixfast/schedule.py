@@ -117,8 +117,9 @@ class MixScheduler(Callback):
 
     def before_batch(self):
         world = max(num_distrib(), 1) if hasattr(self.learn, 'distributed_trainer') else 1 # processes
+        bs = getattr(self.dl, 'whole', self.dl.bs*world) # of all of them
         h = hypers_at(self.plan, self.epoch, self.iter, self.n_iter, self.ssl, self.sl,
-                      bs=self.dl.bs*world, sl_sched=self.sl_sched)
+                      bs=bs, sl_sched=self.sl_sched)
         for k,vs in self.hps.items():
             if not vs or vs[-1]!=h[k] or self.iter==0: self.opt.set_hyper(k, h[k])
             vs.append(h[k])

@@ -8,6 +8,10 @@ torch.set_num_threads(1)
 TINY = dict(arch='vit_tiny_patch16_224', patch_size=2, embed_dim=32, depth=2, num_heads=2)
 HOT = Recipe(ssl=Hypers(0.004, warmup=0.2), sl=Hypers(0.006, warmup=0.1, betas=(0.9,0.98), wd=0.1))
 
+def pytest_collection_modifyitems(items):
+    "The file that takes longest comes first: two run at a time"
+    items.sort(key=lambda o: o.path.name!='test_repo.py')
+
 def images(n, size=8, c=1, seed=0):
     "uint8 images [n,size,size,c] whose class can be seen, and their labels 0..2"
     rng = np.random.default_rng(seed)

@@ -3,12 +3,13 @@ import os, pickle, re, signal, socket, subprocess, sys, time, traceback
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-import numpy as np, pytest, torch
+import numpy as np, pytest, timm, torch
 from fastai.vision.all import (Callback, CategoryBlock, DataBlock, EarlyStoppingCallback, GradientAccumulation, ImageDataLoaders, MixedPrecision, PILImage,
-    ProgressCallback, RandomSplitter, RocAucBinary, SaveModelCallback, accuracy, noop, resnet18, set_seed, vision_learner)
+    ProgressCallback, RandomSplitter, RocAucBinary, SaveModelCallback, TerminateOnNaNCallback, accuracy, noop, resnet18, set_seed, vision_learner)
 from mixfast.all import AE, BatchFlip, KNNAccuracy, MAE, MixBlock, mix_dls, mix_learner
 from mixfast.checkpoint import read_index
-from mixfast.distributed import _allow
+from mixfast import checkpoint
+from mixfast.distributed import _allow, _synced_norms
 from conftest import HOT, TINY, images, same, state
 pytest.importorskip('accelerate')
 import fastai.distributed # gives learners `distrib_ctx`
@@ -19,7 +20,7 @@ def child(f, folder, rank, n, port):
     os.setpgid(0, 0)
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     try: res = f(rank)
-    except BaseException as e: res = e.with_traceback(None) if isinstance(e, (ValueError,FloatingPointError,RuntimeError)) else RuntimeError(traceback.format_exc())
+    except BaseException as e: res = e.with_traceback(None) if isinstance(e, (ValueError,FloatingPointError,RuntimeError,OSError)) else RuntimeError(traceback.format_exc())
     (folder/f'{rank}.tmp').write_bytes(pickle.dumps(res))
     (folder/f'{rank}.tmp').rename(folder/f'{rank}.pkl')
     os._exit(0)
@@ -27,7 +28,7 @@ def child(f, folder, rank, n, port):
 @pytest.fixture
 def launch(tmp_path):
     "A function that calls `f(rank)` in `n` processes and gives what they return or raise; None of one that died"
-    def _launch(f, n, seconds=60):
+    def _launch(f, n, seconds=120):
         folder = tmp_path/f'launch{len(list(tmp_path.glob("launch*")))}'
         folder.mkdir()
         with socket.socket() as s:
@@ -94,7 +95,7 @@ def check_close(a, b, eps=1e-4):
     for k,v in a['weights'].items(): torch.testing.assert_close(v, b['weights'][k], atol=eps, rtol=0)
     for r,q in zip(a['rows'], b['rows'], strict=True):
         assert r.keys()==q.keys() and r['phase']==q['phase']
-        np.testing.assert_allclose(*[[v for k,v in o.items() if k!='phase'] for o in (r,q)], atol=eps, rtol=1e-3)
+        np.testing.assert_allclose(*[np.hstack([np.atleast_1d(v) for k,v in o.items() if k!='phase']) for o in (r,q)], atol=eps, rtol=1e-3)
     np.testing.assert_allclose(a['losses'], b['losses'], atol=eps, rtol=1e-3)
 
 def alone(launch, f): return check_alike(launch(f, 1))
@@ -113,7 +114,7 @@ def test_all_phases(launch, world):
         assert len(xs)==12 and len({round(x, 4) for x in xs})==12
     assert a['loaders']==['MixDL','MixDL']
 
-@pytest.mark.parametrize('world,kwargs', [(2, dict(objective=AE)), (3, dict(mask=fixed_mask)), (2, dict(objective=MAE(drop='mix'), mask=fixed_mask)), (2, dict(ssl=False, objective=AE, valid=0, n=41, drop_last=False))])
+@pytest.mark.parametrize('world,kwargs', [(2, dict(objective=AE)), (3, dict(mask=fixed_mask)), (2, dict(objective=MAE(drop='mix'), mask=fixed_mask)), (2, dict(ssl=False, objective=AE, valid=0, n=41, drop_last=False)), (2, dict(n=10, ssl=False, objective=AE, valid=7))])
 def test_as_one_process(launch, world, kwargs):
     "Half the batch in two processes is the batch of one; nothing is random but the order and the partners"
     new = partial(learner, metrics=[accuracy, KNNAccuracy(every_phase=True)] if kwargs.get('valid', 1) else None, **kwargs)
@@ -125,12 +126,13 @@ def test_as_one_process(launch, world, kwargs):
 
 @pytest.mark.parametrize('world', [2,3])
 def test_shares_that_are_not_equal(launch, world):
-    "Metrics of all kinds, over 13 images in batches of 12 (a last one of fewer images than processes) and over 17"
+    "Metrics of all kinds: a last batch of fewer images than processes, of one more or less for each, of more than `bs`"
+    def each(pred, y): return torch.stack([(pred.argmax(1)==i).float().mean() for i in range(3)]) # a vector, [3]
     def recall(pred, y): return float((pred.argmax(1)==y).float().mean())
-    for n in (13, 17)[:4-world]:
-        new = partial(learner, objective=AE, valid=n, metrics=[accuracy, recall, by_class(), KNNAccuracy(every_phase=True)])
-        one = alone(launch, partial(fit, make_learn=new, seed=0, e=(1,2), rho=1))
-        check_close(check_alike(launch(partial(fit, make_learn=new, seed=0, e=(1,2), rho=1, world=world), world)), one)
+    for n,bs,kwargs in [(13, 12, {}), (5, 12, {}), (5, 3, dict(n=14, drop_last=False))][:world]:
+        new = partial(learner, objective=AE, valid=n, **kwargs, metrics=[accuracy, recall, each, by_class(), KNNAccuracy(every_phase=True)])
+        f = partial(fit, make_learn=new, seed=0, e=(1,2), rho=1, bs=bs)
+        check_close(check_alike(launch(partial(f, world=world), world)), alone(launch, f))
 
 def by_class():
     "A metric of all predictions at once"
@@ -139,11 +141,11 @@ def by_class():
 
 def test_resume_on_other_numbers(launch, tmp_path):
     "2 processes begin, are killed within an epoch, 3 go on, are killed in validation, and one ends it"
-    new = partial(learner, mask=fixed_mask)
+    new = partial(learner, mask=fixed_mask, valid=7) # fewer than a batch
     one = alone(launch, partial(fit, make_learn=new, seed=0))
     folder = tmp_path/'run'
     kw = dict(make_learn=new, checkpoint=folder, every_steps=2, resume=True)
-    for world,trap in ((2, Die(8)), (3, Die(2, training=False)), (2, Die(5))):
+    for world,trap in ((2, Die(8)), (3, Die(1, training=False)), (2, Die(5))):
         res = launch(partial(fit, world=world, cbs=[trap], **kw), world)
         assert all('died' in str(o) for o in res), res
         assert len(read_index(folder))==2 and len(list(folder.glob('*.pt')))==2 and not list(folder.glob('*.tmp'))
@@ -188,6 +190,11 @@ def test_nan_in_one_process(launch, on_nan):
     if on_nan=='skip': assert check_alike(res)['skipped']==1
     else: assert all(isinstance(o, FloatingPointError) and 'at step 6 of the fit, in epoch 1, in the ssl phase' in str(o) for o in res), res
 
+def test_other_callbacks_see_one_loss(launch):
+    "fastai's `TerminateOnNaNCallback` ends the fit of all, where one has nan"
+    a = check_alike(launch(partial(fit, world=2, make_learn=partial(learner, n=96), cbs=[Poison(), TerminateOnNaNCallback()]), 2))
+    assert [r['epoch'] for r in a['rows']]==[0]
+
 class Poison(Callback):
     order,run_valid = -10,False
     def before_batch(self):
@@ -224,7 +231,7 @@ def test_fastai_loaders(launch, files):
     "fastai's own loaders; its splitters need a seed"
     def new(bs, seed=0):
         dls = ImageDataLoaders.from_name_func(files[0].parent, files, label, valid_pct=0.25, seed=seed, bs=bs, num_workers=0)
-        return vision_learner(dls, resnet18, pretrained=False, metrics=accuracy)
+        return vision_learner(dls, resnet18, pretrained=False, metrics=[accuracy, KNNAccuracy(every_phase=True)])
     res = launch(partial(fit, world=2, make_learn=new, bs=8, e=(1,2), rho=1), 2)
     assert check_alike(res)['loaders']==['TfmdDL','TfmdDL']
     res = launch(partial(fit, world=2, make_learn=partial(new, seed=None), bs=8, e=(2,2)), 2)
@@ -244,8 +251,29 @@ def test_errors(launch, tmp_path):
         os.environ['ACCELERATE_MIXED_PRECISION'] = 'bf16'
         return learner(bs)
     says("mixed_precision of accelerate is 'bf16'", make_learn=amp)
+    says('GradientAccumulation counts the images of each process', make_learn=partial(learner, n=41, drop_last=False), cbs=[GradientAccumulation(12)])
     fsdp = SimpleNamespace(accelerator=SimpleNamespace(distributed_type='FSDP', mixed_precision='no'))
     with pytest.raises(ValueError, match='not by FSDP: use torchrun'): _allow(fsdp)
+
+def test_a_full_disk(launch, tmp_path):
+    "The first process cannot write: all say so"
+    class Full(Callback):
+        def before_epoch(self):
+            if self.epoch==2: checkpoint.write_atomic = full
+    def full(path, data): raise OSError(28, 'No space left on device', str(path))
+    res = launch(partial(fit, world=2, checkpoint=tmp_path/'run', cbs=[Full()]), 2)
+    assert all(isinstance(o, OSError) and 'No space left' in str(o) for o in res) and [o['epoch'] for o in read_index(tmp_path/'run')]==[2,1], res
+
+def test_synced_norms():
+    "timm's layers keep their activations, and afterwards the model has its own layers again"
+    m = timm.create_model('mobilenetv3_small_050').eval()
+    x,before = torch.randn(2, 3, 64, 64),list(m.modules())
+    with torch.no_grad():
+        y = m(x)
+        with _synced_norms(m, True):
+            assert sum(isinstance(o, torch.nn.SyncBatchNorm) for o in m.modules())>30
+            torch.testing.assert_close(m(x), y)
+    assert all(a is b for a,b in zip(m.modules(), before, strict=True))
 
 def test_gradient_checkpointing(launch):
     "Blocks that are computed again in the backward pass, for backbones that do not fit: the same weights"

@@ -239,6 +239,15 @@ def test_other_settings(make, tmp_path):
     with pytest.raises(ValueError, match='sl_tfms was'): new(dls=mix_dls(images(24), images(9, seed=1), bs=8, tfms=[BatchFlip()])).fit_mixtraining(2, 2, checkpoint=tmp_path/'run', resume=True)
     assert same(state(learn.model), before) and not (tmp_path/'new').exists()
 
+def test_a_function_is_known_by_its_name(make, tmp_path):
+    "Its address is another in each process"
+    def new(f): return make(dls=mix_dls(images(24), images(9, seed=1), bs=8, seed=0, tfms=[f]))
+    def same_one(): return lambda x: x.flip(-1)
+    f,g = same_one(),same_one()
+    new(f).fit_mixtraining(1, 2, rho=1, checkpoint=tmp_path/'run')
+    new(g).fit_mixtraining(1, 2, rho=1, checkpoint=tmp_path/'run', resume=True)
+    with pytest.raises(ValueError, match='sl_tfms was .*same_one.*, and is .*noop'): new(noop).fit_mixtraining(1, 2, rho=1, checkpoint=tmp_path/'run', resume=True)
+
 def test_missing_parts(make, tmp_path):
     "A checkpoint without its optimizer, or with other weights, is an error that says so"
     make().fit_mixtraining(2, 2, checkpoint=tmp_path/'run')
@@ -297,7 +306,8 @@ def test_full_disk(make, tmp_path):
         with pytest.raises(OSError, match='no room for checkpoints of'): learn.fit_mixtraining(2, 2, checkpoint=tmp_path/'run')
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert not list((tmp_path/'run').glob('[!.]*')) and not learn.mix.rows
-        with pytest.raises(OSError): learn.fit_mixtraining(2, 2, rho=0, checkpoint=tmp_path/'run', cbs=Fill())
+        with pytest.raises(OSError, match='no checkpoint could be written: .*File too large.* The one before is still there'):
+            learn.fit_mixtraining(2, 2, rho=0, checkpoint=tmp_path/'run', cbs=Fill())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, old)

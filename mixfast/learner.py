@@ -113,6 +113,11 @@ def restored(learn:Learner, cbs=None):
 def explained(learn:Learner, mix:MixTrainingCallback):
     "Say where memory or the death of another process has ended a fit, and what to change"
     try: yield
+    except ValueError as e:
+        if 'more than 1 value per channel' in str(e): raise ValueError(
+            "bs: a batch of one image is too small for the batch normalisation of this model: use more images, or "
+            f"drop_last=True. ({e})") from e
+        raise
     except RuntimeError as e:
         at = f"in epoch {learn.epoch}, in the {mix.ph.name} phase" if getattr(mix, 'ph', None) else 'at the start'
         if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e): raise torch.OutOfMemoryError(
@@ -214,6 +219,8 @@ def create_backbone(
         return arch
     if not timm.is_model(arch):
         raise ValueError(f"arch must be the name of a timm model (timm.list_models), got {arch!r}")
+    if isinstance(kwargs.get('patch_size'), bool):
+        raise TypeError(f"patch_size must be a whole number of pixels, got {kwargs['patch_size']}")
     fixed = getattr(timm.get_pretrained_cfg(arch), 'fixed_input_size', False)
     kwargs = {k:v for k,v in kwargs.items() if v is not None and (fixed or k!='img_size')}
     size = dict(img_size=tuple(x.shape[-2:])) if fixed else {}

@@ -97,3 +97,20 @@ def check_goes_on(new, tmp_path, **kwargs):
     ref = new()
     ref.fit_mixtraining(**FIT)
     assert same(state(learn.model), state(ref.model)) and learn.recorder.losses==ref.recorder.losses
+
+def test_batch_normalisation_of_one_image(make):
+    "What torch cannot do is said with the argument to change"
+    learn = make(dls=mix_dls(images(17), bs=8, drop_last=False), arch='resnet10t')
+    with pytest.raises(ValueError, match='bs: a batch of one image is too small for the batch normalisation .* drop_last=True'): learn.fit_mixtraining(1, 1)
+    assert learn.model.phase is None
+    with pytest.raises(TypeError, match='patch_size must be a whole number of pixels, got True'):
+        mix_learner(learn.dls, 'vit_tiny_patch16_224', patch_size=True)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+def test_find_batch_size_on_a_gpu():
+    "By making steps; before a fit has moved the model there, too"
+    learn = mix_learner(mix_dls(images(64, 32, 3), bs=8, seed=0), 'vit_tiny_patch16_224', patch_size=4, depth=4, embed_dim=96, num_heads=3)
+    for memory in (2**28, 2**30):
+        bs = learn.mix.find_batch_size(memory=memory)
+        assert max(learn.mix.step_bytes(bs).values()) <= memory < max(learn.mix.step_bytes(2*bs).values()) or bs==4096
+    assert learn.mix.find_batch_size(most=64)==64

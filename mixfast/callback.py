@@ -20,7 +20,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import find_bs, to_detach
+from fastai.torch_core import find_bs
 from timm.utils import unwrap_model
 
 from .data import SeededDL, check_seed, phase_dl
@@ -56,9 +56,10 @@ class MixTrainingCallback(Callback):
         if not isinstance(self.mm, MixModel): raise TypeError("the model must be a MixModel: call learn.to_mix() first")
         if not (self.wd_bn_bias or isinstance(self.opt, OptimWrapper)): # fastai's own optimizers: decay by parameter
             for p in no_decay(self.mm): self.opt.state[p]['do_wd'] = False
-        if self.on_nan=='skip' and any(isinstance(cb, GradientAccumulation) for cb in self.cbs):
+        gathers = any(isinstance(cb, GradientAccumulation) for cb in self.cbs)
+        if self.on_nan=='skip' and gathers:
             raise ValueError("on_nan='skip' cannot take a batch out of gradients that are gathered: use 'stop'")
-        if self.world>1 and any(isinstance(cb, GradientAccumulation) for cb in self.cbs):
+        if self.world>1 and gathers:
             dls = [dl for dl in (phase_dl(self.dls, p.name) for p in self.plan.phases) if isinstance(dl, SeededDL)]
             if any(len(set(dl.sizes(len(dl)-1)))>1 for dl in dls): raise ValueError(
                 "GradientAccumulation counts the images of each process, and the last batch is not the same for all: "
@@ -271,7 +272,7 @@ class SmoothLoss(AvgSmoothLoss):
     "fastai's smoothed loss, on the device that the loss is on"
     def accumulate(self, learn):
         self.count += 1
-        loss = to_detach(learn.loss.mean(), cpu=False, gather=False)
+        loss = learn.loss.detach().mean()
         self.val = torch.lerp(loss, self.val.to(loss), self.beta)
 
 class Late:

@@ -121,8 +121,6 @@ def fingerprint(
     y = b'' if ds.y is None else ds.y.cpu().numpy().tobytes()
     return dict(n=len(ds), bs=bs, shape=list(ds.shape), crc=zlib.crc32(y, zlib.crc32(some)))
 
-def _loaders(dls)->list: return [dl for dl in loaders(dls) if isinstance(dl, SeededDL)]
-
 def _plain(o):
     "`o` as JSON and torch's `weights_only` know it"
     if isinstance(o, dict): return {k: _plain(v) for k,v in o.items()}
@@ -185,7 +183,7 @@ def collect(self:Checkpoint, epoch, i, seen)->dict:
     grads = {n: p.grad for n,p in m.mm.named_parameters() if p.grad is not None} # that wait to be accumulated
     return dict(epoch=epoch, iter=i, settings=self.settings, seed=m.seed,
         model=m.mm.state_dict(), opt=learn.opt.state_dict(), grads=grads, scaler=_scaler(learn),
-        loaders=[(*dl.key, dl.passes-(i>0 and dl is learn.dl)) for dl in _loaders(learn.dls)],
+        loaders=[(*dl.key, dl.passes-(i>0 and dl is learn.dl)) for dl in loaders(learn.dls)],
         recorder=keep, smooth=(rec.smooth_loss.count, rec.smooth_loss.val),
         mix=dict(rows=mix.rows, sched=mix.sched, on_cpu=mix.on_cpu),
         within=dict(seen=seen, seconds=mix.clock()-mix.t_train, pct_train=learn.pct_train) if i else {},
@@ -221,7 +219,7 @@ def restore(self:Checkpoint):
     learn.opt.load_state_dict(s['opt'] if torchs else to_device(s['opt'], dev))
     if s['scaler']: learn.scaler.load_state_dict(s['scaler'])
     for n,p in m.mm.named_parameters(): p.grad = s['grads'][n].to(dev) if n in s['grads'] else None
-    for dl,(seed,tag,passes) in zip(_loaders(learn.dls), s['loaders']): dl.key,dl.passes = (seed,tag),passes
+    for dl,(seed,tag,passes) in zip(loaders(learn.dls), s['loaders']): dl.key,dl.passes = (seed,tag),passes
     for o,state in ((rec,s['recorder']), (mix,s['mix']), *((cb,s['callbacks'].get(cb.name, {})) for cb in learn.cbs)):
         for k,v in state.items(): setattr(o, k, v)
     rec.smooth_loss.count,rec.smooth_loss.val = s['smooth']
@@ -244,7 +242,7 @@ def whole_again(self:Checkpoint):
     "From here on epochs are whole"
     self.state = None
     vars(self.learn).pop('all_batches', None)
-    for dl in _loaders(self.dls): dl.skip = 0
+    for dl in loaders(self.dls): dl.skip = 0
 
 def _batches_from(learn, i):
     "What fastai's `all_batches` does, from batch `i`"
@@ -346,7 +344,7 @@ def _from_checkpoint(learn, cb):
     try: yield
     finally:
         for k in ('_do_fit','all_batches'): vars(learn).pop(k, None)
-        for dl in _loaders(learn.dls): dl.skip = 0
+        for dl in loaders(learn.dls): dl.skip = 0
 
 def _epochs_from(learn, cb, epoch):
     "What fastai's `_do_fit` does, from `epoch`"

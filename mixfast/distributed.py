@@ -15,7 +15,7 @@ import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 from fastcore.basics import noop, patch
 from fastcore.foundation import L
 from fastai.learner import Learner
-from fastai.torch_core import apply, num_distrib, rank_distrib
+from fastai.torch_core import apply, num_distrib, rank_distrib, to_detach as detached
 from timm.layers import convert_sync_batchnorm
 from timm.utils import unwrap_model
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -33,8 +33,9 @@ def ranks(
 def loaders(
     dls, # `DataLoaders`
 )->list:
-    "The loaders of all phases and that of validation, each once"
-    return list(dict.fromkeys([*(phase_dl(dls, p) for p in ('ssl','mix','sl')), dls.valid]))
+    "The seeded loaders of all phases and of validation, each once"
+    dls = dict.fromkeys([*(phase_dl(dls, p) for p in ('ssl','mix','sl')), dls.valid])
+    return [dl for dl in dls if isinstance(dl, SeededDL)]
 
 def plain(dl):
     "What fastai's `DistributedDL` wraps; any other loader itself"
@@ -129,20 +130,17 @@ def to_detach(self:SeededDL,
     gather:bool=True, # Of all processes?
 ):
     "A batch, or what a metric has made of it, of all processes"
-    ns,(rank,world) = self.sizes(),self.share
+    rank,world = self.share
+    if world==1 or not gather: return detached(b, cpu, gather=False)
+    ns = self.sizes()
     def rows(x): # everywhere?
         is_ = x.ndim>0 and len(x)==ns[rank]
         return is_ if len(set(ns))==1 else summed(torch.tensor(int(is_), device=self.device))==world
     def one(x):
-        t = torch.is_tensor(x)
-        if t: x = x.detach()
-        if gather and world>1:
-            if t and rows(x): x = self.gathered(x)
-            elif t or isinstance(x, (Real,np.ndarray)):
-                y = self.averaged(x)
-                x = y.to(x.device) if t else y.cpu().numpy() if isinstance(x, np.ndarray) else y.item()
-        return x.cpu() if cpu and torch.is_tensor(x) else x
-    return apply(one, b)
+        if torch.is_tensor(x): return self.gathered(x.detach()) if rows(x) else self.averaged(x.detach()).to(x.device)
+        if isinstance(x, np.ndarray): return self.averaged(x).cpu().numpy()
+        return self.averaged(x).item() if isinstance(x, Real) else x
+    return detached(apply(one, b), cpu, gather=False)
 
 # %% ../nbs/04a_distributed.ipynb #7da0b6a1
 def _allow(trainer):
@@ -198,7 +196,7 @@ def distributed(
     _allow(trainer)
     check_alike(learn, settings)
     device,old,old_sync = trainer.accelerator.device,list(learn.dls.loaders),trainer.sync_bn
-    mine = [o for o in loaders(learn.dls) if isinstance(o, SeededDL)]
+    mine = loaders(learn.dls)
     if device.type=='cpu': device = torch.device('cpu') # without a number, which torch.load does not know
     keys = shared([(o.key, o.passes) for o in mine])
     learn.model.to(learn.dls.to(device).device)

@@ -9,7 +9,7 @@ cfg = cfg['DEFAULT']
 setup(name=cfg['name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
       author=cfg['author'], author_email=cfg['author_email'], license=cfg['license'],
       long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-      packages=find_packages(include=['mixfast', 'mixfast.*']), package_data={'mixfast': ['*.csv']},
+      packages=find_packages(include=['mixfast', 'mixfast.*']), package_data={'mixfast.paper': ['*.csv']},
       python_requires=f">={cfg['min_python']}",
       install_requires=cfg['requirements'].split(), extras_require=dict(dev=cfg['dev_requirements'].split()),
       classifiers=['Programming Language :: Python :: 3', 'Intended Audience :: Science/Research'],

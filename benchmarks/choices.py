@@ -8,25 +8,27 @@ from functools import partial
 from pathlib import Path
 from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
-from mixfast.augment import BatchFlip, BatchResizedCrop, paper_tfms
-from mixfast.experiments import add_record, check_scale, experiment_args, experiments, run_experiment
-from mixfast.learner import Recipe
-from mixfast.objective import MAE, patchify, random_mask, to_tokens
+from mixfast.data.augment import BatchFlip, BatchResizedCrop, paper_tfms
+from mixfast.objective.autoencode import MAE, patchify, random_mask
+from mixfast.paper.mixtraining import check_scale, experiment_args, experiments
+from mixfast.paper.mixtraining_runs import run_experiment
+from mixfast.paper.records import add_record
+from mixfast.schedule import Recipe
 
 class PlacesMAE(MAE):
     "The decoder reads the patches alone, not the class token"
-    def predict(self, feats):
-        t = to_tokens(feats, self.lay)
-        mask = random_mask(*t.shape[:2], self.n_mask, t.device)
-        return mask, self.decoder(t, mask).float()
+    def predict(self, feats, size):
+        t,grid = feats.tokens(),feats.layout.grid
+        mask = random_mask(*t.shape[:2], self.n_masked(grid, size), t.device)
+        return mask, self.decoder(t, mask, grid).float()
 
 class PatchNormMAE(MAE):
     "Targets normalised patch by patch, as in the original MAE"
     def forward(self, feats, x):
-        mask,pred = self.predict(feats)
-        p = patchify(x.float(), self.lay.grid)
+        (mask,pred),grid = self.predict(feats, x.shape[-2:]),feats.layout.grid
+        p = patchify(x.float(), grid)
         p = (p-p.mean(2, keepdim=True))/(p.var(2, keepdim=True)+1e-6).sqrt()
-        return ((pred-p).square().mean(2)*mask).sum()/(len(x)*self.n_mask)
+        return ((pred-p).square().mean(2)*mask).sum()/(len(x)*self.n_masked(grid, x.shape[-2:]))
 
 def long_warmup(args):
     "The SSL warm-up as long as it is without mixing"
@@ -44,8 +46,8 @@ choices = { # what differs from the default: in the arguments of `mix_dls`, of `
     'resized crops in the SSL phase': dict(dls=dict(tfms=sl_tfms, ssl_tfms=[BatchResizedCrop((0.2,1)), BatchFlip()])),
     'mean of the tokens, no class token': dict(learn=dict(global_pool='avg', class_token=False)),
     'targets normalised by patch': dict(learn=dict(objective=PatchNormMAE)),
-    'masked patches dropped in the SSL phase': dict(learn=dict(objective=partial(MAE, drop=True))),
-    'masked patches dropped in the SSL and mix phases': dict(learn=dict(objective=partial(MAE, drop='mix')))}
+    'masked patches dropped in the SSL phase': dict(learn=dict(objective=partial(MAE, visible_only=True))),
+    'masked patches dropped in the SSL and mix phases': dict(learn=dict(objective=partial(MAE, visible_only='mix')))}
 def some(*names): return {k:choices[k] for k in ('default',)+names}
 pooled,dropped = 'mean of the tokens, no class token','masked patches dropped in the SSL phase'
 methods = dict(mix=choices, ssl_sl=some('decoder without the class token', pooled, dropped), sl=some(pooled))

@@ -5,7 +5,9 @@ and three of the mix phase on 10 % of CIFAR-10, batches of 64, which a CPU core 
 import warnings
 from pathlib import Path
 from fastcore.script import call_parse
-from mixfast.experiments import add_record, experiments, run_experiment
+from mixfast.paper.mixtraining import experiments
+from mixfast.paper.mixtraining_runs import run_experiment
+from mixfast.paper.records import add_record
 
 @call_parse
 def main(

@@ -20,6 +20,7 @@ from PIL import Image
 from fastai.vision.all import (CategoryBlock, CropPad, DataBlock, Flip, GrandparentSplitter, ImageBlock, Normalize, RandomCrop,
                                get_image_files, parent_label)
 from mixfast.all import cifar10, load_files, mix_dls, mix_learner, set_seed
+from mixfast.model import MixModel, phase_loss
 
 VIT = dict(arch='vit_tiny_patch16_224', patch_size=2, embed_dim=32, depth=2, num_heads=2) # TINY of tests/conftest.py
 
@@ -29,6 +30,11 @@ def timed(f):
     t = time.perf_counter()
     f()
     return time.perf_counter()-t
+
+def mixed(learn, device='cpu'):
+    "The model as in a fit, and its optimizer"
+    m = MixModel(learn.model, learn.mix.objective).to(device).train()
+    return m, learn.opt_func(learn.splitter(m), lr=learn.lr)
 
 def rate(dl, n):
     "Images a second over `n` batches, the first of which does not count"
@@ -55,16 +61,13 @@ def waiting(data, rounds=3):
                            ('CIFAR-10, batch 256', cifar, 256, 'cifar'), ('the same with RandAugment', cifar, 256, 'tinyimagenet')):
         set_seed(0)
         learn = mix_learner(mix_dls(d, bs=bs, tfms=tfms, device='cpu'), **VIT)
-        learn.create_opt()
-        m,rs = learn.model.train(),[]
-        m.phase = 'mix'
+        m,opt,rs = *mixed(learn),[]
         for r in range(rounds+1):
             wait,t0,t = 0.,time.perf_counter(),time.perf_counter()
             for x,y in learn.dls.mix:
                 wait += time.perf_counter()-t
-                out = m(x)
-                (out.ssl_loss+learn.loss_func(out.logits, y)).backward()
-                learn.opt.step(); learn.opt.zero_grad()
+                phase_loss(m(x, 'mix'), (y,), learn.loss_func, 'mix')[0].backward()
+                opt.step(); opt.zero_grad()
                 t = time.perf_counter()
             if r: rs.append(wait/(time.perf_counter()-t0))
         show(f'share of a training step waiting for data, smallest ViT, {name}', rs, 'less than 0.02')
@@ -113,15 +116,12 @@ def gpu(data, rounds=5, n=60):
     for tfms in ('cifar','tinyimagenet'):
         for on in (True,False):
             learn = mix_learner(mix_dls(data.train, data.valid, tfms=tfms, device='cuda', on_device=on), 'vit_tiny_patch16_224', patch_size=2)
-            learn.model.to('cuda'); learn.create_opt()
-            m,dl,rs = learn.model.train(),learn.dls.mix,[]
-            m.phase,fixed = 'mix',dl.one_batch()
+            m,opt,dl,rs = *mixed(learn, 'cuda'),learn.dls.mix,[]
+            fixed = dl.one_batch()
             def step(x, y):
-                with torch.autocast('cuda', torch.bfloat16):
-                    out = m(x)
-                    loss = out.ssl_loss+learn.loss_func(out.logits, y)
+                with torch.autocast('cuda', torch.bfloat16): loss = phase_loss(m(x, 'mix'), (y,), learn.loss_func, 'mix')[0]
                 loss.backward()
-                learn.opt.step(); learn.opt.zero_grad()
+                opt.step(); opt.zero_grad()
             def run(batches):
                 torch.cuda.synchronize()
                 for b in batches: step(*b)

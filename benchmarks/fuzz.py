@@ -10,8 +10,8 @@ import numpy as np, torch
 from fastcore.script import call_parse
 from hypothesis import HealthCheck, given, settings, strategies as st
 from fastai.vision.all import ProgressCallback, accuracy, noop
-from mixfast.all import AE, MAE, Hypers, MixPlan, Recipe, few_labels, mix_dls, mix_learner, noisy_labels
-from mixfast.experiments import versions
+from mixfast.all import (AE, MAE, Hypers, MixPlan, Recipe, few_labels, mix_dls, mix_learner, noisy_labels,
+                         package_versions)
 
 FINE = ValueError, TypeError, FileNotFoundError
 odd = st.sampled_from([None, '', 'x', -1, 0, 1, 2, 0.5, 1.5, float('nan'), float('inf'), True, [], (), {}, object, np.float32(0.3), np.int64(2), 10**9])
@@ -39,7 +39,7 @@ dls_args = st.fixed_dictionaries(dict(sl=labelled(rarely(images, good))), option
     tfms=mostly(st.sampled_from([None,'cifar','tinyimagenet'])), ssl_tfms=mostly(st.sampled_from([None,'cifar'])), stats=mostly(st.sampled_from([None,None,None,([0.5],[0.2])])),
     shuffle=st.booleans(), drop_last=st.booleans(), seed=mostly(st.integers(0, 2**40)), device=mostly(st.sampled_from([None,'cpu']))))
 objective = mostly(st.one_of(st.sampled_from([None,'mae','ae','MAE',MAE,AE]), st.builds(lambda **k: (lambda: MAE(**k)),
-    mask_ratio=mostly(st.floats(0.1, 0.9)), depth=mostly(st.integers(0, 2)), dim=mostly(st.sampled_from([None,8,16])), heads=mostly(st.sampled_from([None,1,2])), drop=mostly(st.sampled_from([False,True,'mix'])))))
+    mask_ratio=mostly(st.floats(0.1, 0.9)), depth=mostly(st.integers(0, 2)), dim=mostly(st.sampled_from([None,8,16])), heads=mostly(st.sampled_from([None,1,2])), visible_only=mostly(st.sampled_from([False,True,'mix'])))))
 model_args = st.fixed_dictionaries(dict(arch=mostly(st.sampled_from(['vit_tiny_patch16_224']*4+['resnet10t']))), optional=dict(
     patch_size=mostly(st.sampled_from([2,4])), n_out=mostly(st.sampled_from([None,3,10])), objective=objective))
 floats = lambda lo, hi: mostly(st.floats(lo, hi))
@@ -106,5 +106,5 @@ def main(
     for k,v in found.items(): print(k, re.sub(r'\s+', ' ', v), sep='\n    ', end='\n\n')
     if show: print(*sorted(messages), sep='\n')
     print(dict(counts))
-    res = dict(cases=sum(counts.values()), **counts, versions=versions(), date=time.strftime('%Y-%m-%d'))
+    res = dict(cases=sum(counts.values()), **counts, versions=package_versions(), date=time.strftime('%Y-%m-%d'))
     Path(out).write_text(json.dumps(res, indent=1)+'\n')

@@ -13,11 +13,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.script import call_parse
 from fastai.vision.all import Callback, ProgressCallback, accuracy, noop, set_seed
-from mixfast.augment import BatchFlip
-from mixfast.data import mix_dls
-from mixfast.experiments import device_name, versions
-from mixfast.learner import Recipe, mix_learner
-from mixfast.schedule import Hypers
+from mixfast.all import BatchFlip, Hypers, Recipe, device_name, mix_dls, mix_learner, package_versions
 
 EPOCHS,RHO = (4,4),0.5 # two epochs of each phase
 RECIPE = Recipe(ssl=Hypers(0.004, warmup=0.2), sl=Hypers(0.006, warmup=0.1))
@@ -50,7 +46,7 @@ class Trap(Callback):
         if self.n==0: os.kill(os.getpid(), signal.SIGKILL)
     def after_batch(self): self.hit('step' if self.training else 'validate')
     def before_epoch(self):
-        if self.epoch==self.mix_training.ph.start: self.hit('phase')
+        if self.epoch==self.phases.now.start: self.hit('phase')
     def before_fit(self):
         if not self.event.startswith('os.'): return
         name = self.event[3:]
@@ -124,5 +120,5 @@ def main(
         same += got==want
         print(f'{fits} fits, {sum(count.values())} kills, {same} fits identical', flush=True)
     res = dict(fits=fits, identical=same, kills=sum(count.values()), by_place=dict(count), seed=seed,
-               device=device_name(torch.device('cpu')), versions=versions(), date=time.strftime('%Y-%m-%d'))
+               device=device_name(torch.device('cpu')), versions=package_versions(), date=time.strftime('%Y-%m-%d'))
     Path(out).write_text(json.dumps(res, indent=1)+'\n')

@@ -9,24 +9,34 @@ __all__ = []
 
 # %% ../nbs/all.ipynb #280c7065
 from fastai.vision.all import *
+from .objective.features import *
+from .objective.core import *
+from .objective.autoencode import *
+from .objective.choose import *
+from .task.core import *
+from .data.augment import *
+from .data.cache import *
+from .data.store import *
+from .data.loader import *
+from .data.mix import *
+from .data.block import *
+from .data.datasets import *
 from .phases import *
 from .schedule import *
-from .objective import *
 from .model import *
-from .augment import *
-from .data import *
-from .cache import *
-from .datasets import *
-from .callback import *
-from .checkpoint import *
+from .callback.distributed import *
+from .callback.core import *
+from .callback.guard import *
+from .callback.recorder import *
+from .callback.checkpoint import *
 from .learner import *
-from .hub import * # learn.mix.save_backbone
-from .insight import *
+from .hub import *
+from .insight.machine import *
+from .insight.evaluate import *
+from .insight.gradients import *
+from .insight.cost import *
+from .insight.compare import *
+from .insight.plot import *
 
 # %% ../nbs/all.ipynb #b927db3e
-_own = '''evaluating features logits layout span restored pair_up to_map to_tokens two_strides as_images blend seeded fits
-          phases fit_image decode_image decode_images cache_key open_cache build_cache random_boxes resize_boxes
-          cubic_weights rand_ops paper_tfms TINY_URL embed bank_dl
-          cosines last_layer METHODS INDEX read_index save_state load_state write_atomic fingerprint checkpointing
-          forget_inf local_device explained OURS TMP check_room'''.split()
-__all__ = [o for o in globals() if not o.startswith(('_','check_')) and o not in _own]
+__all__ = [o for o in globals() if not o.startswith('_')]

@@ -1,17 +1,20 @@
 "Images from archives to batches: what a reader of the notebooks need not see"
-import hashlib, os, pickle, random, shutil, signal, subprocess, sys, time
+import hashlib, io, json, os, pickle, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
-import numpy as np, pandas as pd, pytest, torch
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from PIL import Image
-from fastai.vision.all import (CategoryBlock, ClassificationInterpretation, ColReader, DataBlock, DataLoaders, Flip, FlipItem,
-    Normalize, PILImageBW, RandomResizedCrop, RandomSplitter, Resize, accuracy, get_image_files, load_learner, parent_label, resnet18, vision_learner)
+from fastai.vision.all import (Brightness, CategoryBlock, ClassificationInterpretation, ColReader, DataBlock, DataLoaders, Flip, FlipItem, ImageBlock,
+    Normalize, PILImageBW, RandTransform, RandomResizedCrop, RandomResizedCropGPU, RandomSplitter, Resize, Transform, accuracy, aug_transforms, get_image_files, load_learner,
+    parent_label, resnet18, vision_learner)
 from torchvision.datasets import CIFAR100
 
-import mixfast.cache, mixfast.datasets
+import mixfast.data.cache, mixfast.data.datasets
 from mixfast.all import (BatchCrop, BatchFlip, BatchRandAugment, BatchResizedCrop, ImageStore, MixBatch, MixBlock,
-    cifar10, cifar100, fraction, image_df, image_folder, load_files, mix_dls, noisy_labels, phase_dl, semi_supervised, tinyimagenet)
-from mixfast.cache import open_cache
-from mixfast.data import as_images, blend, image_stats, seeded
+    cifar10, cifar100, fraction, image_df, image_folder, load_files, mix_dls, noisy_labels, phase_dl, semi_supervised, tinyimagenet, valid_dl)
+from mixfast.data.cache import _open_cache
+from mixfast.data.loader import _seeded
+from mixfast.data.mix import blend
+from mixfast.data.store import as_images, image_stats
 from conftest import images
 
 SAMPLES = Path(__file__).parents[1]/'nbs'/'samples'
@@ -55,9 +58,9 @@ def test_crop_keeps_pixels_and_flip_is_fair():
 def test_resized_crop_falls_back_to_the_middle():
     "A ratio that no box of the image has: the largest box in the middle, as torchvision"
     from torchvision.transforms import RandomResizedCrop as R
-    from mixfast.augment import random_boxes
+    from mixfast.data.augment import _random_boxes
     for h,w in ((4,400), (400,4), (64,64)):
-        ours = [int(o[0]) for o in random_boxes(1, h, w, (0.9,1), (3/4,4/3))] if h!=w else [0,0,64,64]
+        ours = [int(o[0]) for o in _random_boxes(1, h, w, (0.9,1), (3/4,4/3))] if h!=w else [0,0,64,64]
         theirs = R.get_params(torch.zeros(3,h,w), (0.9,1), (3/4,4/3)) if h!=w else (0,0,64,64)
         assert tuple(ours)==tuple(theirs)
 
@@ -126,7 +129,7 @@ def test_decode_after_a_move():
 def test_seeded_restores_after_an_error():
     torch.manual_seed(1); want = torch.rand(1)
     torch.manual_seed(1)
-    with pytest.raises(KeyError), seeded(3): raise KeyError(torch.rand(5))
+    with pytest.raises(KeyError), _seeded(3): raise KeyError(torch.rand(5))
     assert torch.equal(torch.rand(1), want)
 
 def test_like():
@@ -176,6 +179,188 @@ def test_store_on_the_device():
     cpu = mix_dls((x,y), ssl=x, bs=8, tfms='cifar', seed=0, device='cpu')
     assert torch.allclose(next(iter(cpu.mix))[0], off.new_empty() and next(iter(mix_dls((x,y), ssl=x, bs=8, tfms='cifar', seed=0, device='cuda').mix))[0].cpu(), atol=1e-5)
 
+# Loaders of phases are made from the training loader as it is now
+
+def same_batches(a, b): return all(torch.equal(torch.as_tensor(p), torch.as_tensor(q)) for o,u in zip(list(a), list(b), strict=True) for p,q in zip(o, u, strict=True))
+
+def test_phases_follow_the_training_loader(tmp_path):
+    "Whatever is changed, and when: the same as if it had been so from the beginning; seeds and counts go on"
+    x,y = images(40, 16, 3)
+    u = images(30, 16, 3, seed=9)[0]
+    files = write(tmp_path/'a', 16),write(tmp_path/'b', 20, seed=1)
+    for kind in ('arrays','files'):
+        def dls(bs, **kw): return mix_dls((x,y), ssl=u, tfms='cifar', bs=bs, seed=3, **kw) if kind=='arrays' else item_dls(*files, seed=3, bs=bs, **kw)
+        changed = {'bs': dls(8), 'new': dls(8), 'before': dls(4)}
+        for d in changed.values(): d.show_batch(max_n=2); d.ssl.one_batch(); d.mix.one_batch()
+        changed['bs'].train.bs = 4
+        changed['new'].train = changed['new'].train.new(bs=4)
+        for d in (changed['bs'],changed['new']):
+            for p in ('ssl','mix','sl'): assert same_batches(phase_dl(d, p), phase_dl(dls(4), p))
+            assert d.train.phase('ssl').bs==4 and d.train.new(d.valid.dataset).full_bs==4
+        d = changed['before']
+        d.train.shuffle = d.train.drop_last = False
+        for p in ('ssl','mix','sl'): assert len(phase_dl(d, p))==-(-phase_dl(d, p).n//4) and not phase_dl(d, p).shuffle
+        d.to('meta')
+        assert {phase_dl(d, p).device.type for p in ('ssl','mix','sl')}=={'meta'}
+
+def test_phases_follow_added_transforms(tmp_path):
+    "`vision_learner(pretrained=True)` normalises after the first look; what is random and added stays on the labelled side"
+    sl,ssl = write(tmp_path/'a', 16),write(tmp_path/'b', 20, seed=1)
+    norm = Normalize.from_stats([.5]*3,[.25]*3, cuda=False)
+    late,early = item_dls(sl, ssl, batch_tfms=[]),item_dls(sl, ssl, batch_tfms=[norm])
+    late.show_batch(); late.ssl.one_batch(); late.mix.one_batch()
+    late.add_tfms([norm], 'after_batch')
+    for p in ('ssl','mix','sl'): assert same_batches(phase_dl(late, p), phase_dl(early, p)) and next(iter(phase_dl(late, p)))[0].min() < 0
+    x,y = images(40, 16, 3)
+    dls = mix_dls((x,y), (x,y), ssl=x, bs=8, seed=0)
+    plain = [list(phase_dl(mix_dls((x,y), ssl=x, bs=8, seed=0), p)) for p in ('ssl','mix')]
+    dls.show_batch()
+    dls.add_tfms([Double(),Negate()], 'after_batch')
+    assert all(torch.equal(a, b*2) for (a,),(b,) in zip(dls.ssl, plain[0]))
+    dl = dls.mix
+    dl.before_iter()
+    b = dl.load(dl.get_idxs()[:8], (0,2,1,0))
+    assert torch.equal(dl.after_batch(b)[0], 0.5*dl.sides[0].after_batch(b[0])[0]+0.5*dl.sides[1].after_batch(b[1])[0])
+    sl,plain_sl = next(iter(dls.sl))[0],next(iter(mix_dls((x,y), bs=8, seed=0).sl))[0]
+    assert torch.equal(sl, -2*plain_sl)
+    v,plain = dls.valid.one_batch()[0],mix_dls((x,y), (x,y), ssl=x, bs=8, seed=0).valid.one_batch()[0]
+    assert torch.equal(v, plain*2) # what is random is for training
+
+class Double(Transform):
+    order = 5
+    def encodes(self, x:torch.Tensor): return x*2 if x.is_floating_point() else x
+
+class Negate(RandTransform):
+    "Of training alone"
+    order = 6
+    def encodes(self, x:torch.Tensor): return -x if x.is_floating_point() else x
+
+def test_counts_and_seeds_are_shared():
+    "A pass of any loader of a phase counts; a state is JSON and goes on in another process"
+    x,y = images(40, 16, 3)
+    def new(seed): return mix_dls((x,y), (x,y), ssl=x, tfms='cifar', bs=8, seed=seed)
+    dls,other = new(3),new(4)
+    for p in ('ssl','ssl','mix','sl'): list(phase_dl(dls, p))
+    assert (dls.ssl.epoch, dls.mix.epoch, dls.sl.epoch, dls.valid.epoch)==(2,1,1,0)
+    state = json.loads(json.dumps(dls.train.state_dict()))
+    torch.save(state, b := io.BytesIO()); b.seek(0)
+    assert torch.load(b, weights_only=True)==state==dict(seed=3, epochs={'0':1, '1':2, '2':1})
+    early = other.ssl
+    other.train.load_state_dict(state)
+    assert early.epoch==2 and dls.ssl.sl is dls.train and dls.mix.ssl.source is dls.train
+    for p in ('ssl','mix','sl'): assert same_batches(phase_dl(dls, p), phase_dl(other, p))
+    dls.train.start_batch,dls.train.rank,dls.train.world_size = 1,1,2
+    for p in ('ssl','mix'): assert (dl := phase_dl(dls, p)).start_batch==1 and dl.shard(0)==slice(8,16)
+    torch.manual_seed(0); random.seed(0); a = torch.rand(1),random.random()
+    torch.manual_seed(0); random.seed(0); dls.ssl; dls.mix; assert (torch.rand(1),random.random())==a # nobody notices
+
+@pytest.mark.parametrize('phase', ['ssl','mix'])
+@pytest.mark.parametrize('ssl', [False, True])
+@pytest.mark.parametrize('kind', ['arrays','files'])
+def test_views(tmp_path, kind, ssl, phase):
+    "So many versions of each image, the first as ever; with any number of workers"
+    if kind=='arrays':
+        x,y = images(40, 16, 3)
+        make_dls = lambda n: mix_dls((x,y), (x[:20],y[:20]), ssl=images(30, 16, 3, seed=9)[0] if ssl else None, tfms=BatchFlip(), ssl_tfms=AUGS, bs=8, seed=0)
+    else:
+        paths = write(tmp_path/'a', 24),write(tmp_path/'b', 20, seed=1)
+        make_dls = lambda n: item_dls(paths[0], paths[1] if ssl else None, n=n, block=dict(ssl_item_tfms=RandomResizedCrop(16), ssl_batch_tfms=Flip()))
+    one,dls,many = make_dls(0),make_dls(0),make_dls(2)
+    for e in range(2):
+        batches = list(phase_dl(dls, phase, views=3))
+        assert len(batches)==len(phase_dl(one, phase))
+        for (xs,*ys),(x1,*y1) in zip(batches, phase_dl(one, phase)):
+            assert type(xs) is tuple and len(xs)==3 and {tuple(o.shape) for o in xs}=={tuple(x1.shape)} and all(map(torch.equal, ys, y1))
+            assert not torch.equal(xs[0], xs[1]) and not torch.equal(xs[1], xs[2])
+            if phase=='ssl': assert torch.equal(xs[0], x1)
+    for (a,*_),(b,*_) in zip(batches, [list(phase_dl(many, phase, views=3)) for _ in range(2)][1], strict=True): assert all(map(torch.equal, a, b))
+    phase_dl(dls, phase, views=2).show_batch(max_n=3); plt.close('all')
+    assert phase_dl(dls, phase, views=1).views==1 and phase_dl(dls, 'sl', views=3) is dls.train
+
+def test_views_blend(tmp_path):
+    "Each view of the mix is Eq. 2 of a view of both sides; without images or transforms for SSL, they are the labelled ones'"
+    x,y = images(40, 16, 3)
+    dls = mix_dls((x,y), ssl=images(30, 16, 3, seed=9)[0], lam=0.3, tfms=BatchFlip(), ssl_tfms=BatchCrop(2), bs=8, seed=0)
+    dl = phase_dl(dls, 'mix', 2)
+    dl.before_iter()
+    b = dl.load(dl.get_idxs()[:8], (0,2,1,0))
+    with _seeded(1): (m,y1) = dl.after_batch(b)
+    with _seeded(1): (xs,y2),(us,) = dl.after_batch.fs[0].sides(b)
+    assert torch.equal(y1, y2) and all(torch.allclose(o, 0.3*p+0.7*q, atol=1e-6) for o,p,q in zip(m, xs, us)) and not torch.equal(*xs) and not torch.equal(*us)
+    for kw,differ in ((dict(tfms=AUGS), True), (dict(), False)):
+        dls = mix_dls((x,y), bs=8, seed=0, **kw)
+        for p in ('ssl','mix'): assert torch.equal(*phase_dl(dls, p, 2).one_batch()[0])!=differ
+
+def test_validation_views(tmp_path):
+    "The validation images with their labels, as those for SSL are augmented; `source` is the plain loader"
+    x,y = images(40, 16, 3)
+    paths = write(tmp_path/'a', 24),write(tmp_path/'b', 20, seed=1)
+    for dls in (mix_dls((x,y), (x[:20],y[:20]), ssl_tfms=AUGS, bs=8, seed=0), item_dls(*paths, block=dict(ssl_item_tfms=RandomResizedCrop(16, min_scale=0.2)))):
+        dl,n = valid_dl(dls, 2),dls.valid.n
+        assert dl.source is dls.valid is valid_dl(dls) and len(dl)==len(dls.valid) and dl.n==n
+        (a,ya),(b,yb) = [next(iter(o)) for o in (dl,dls.valid)]
+        assert len(a)==2 and a[0].shape==b.shape and torch.equal(ya, yb) and not torch.equal(*a) and dls.valid.epoch==2
+        assert torch.equal(next(iter(dls.valid))[0], b) # which is as ever
+
+def test_views_need_our_loaders(tmp_path):
+    dls = DataBlock(blocks=(ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label, item_tfms=Resize(16)).dataloaders(write(tmp_path/'a', 24), bs=4, num_workers=0)
+    assert phase_dl(dls, 'ssl') is phase_dl(dls, 'sl', 2) is dls.train and valid_dl(dls) is dls.valid
+    for f in (lambda: phase_dl(dls, 'ssl', 2), lambda: valid_dl(dls, 2)):
+        with pytest.raises(ValueError, match='objective needs 2 views of each image: use mix_dls, or a MixBlock'): f()
+    with pytest.raises(ValueError, match="phase must be 'ssl', 'mix' or 'sl', got 'valid'"): mix_dls(images(9)).train.phase('valid')
+
+def test_presizing(tmp_path):
+    "Large items, batches cut to size: one size in all phases, at random on the labelled side alone"
+    sl,ssl = write(tmp_path/'a', 16, size=40),write(tmp_path/'b', 20, size=48, seed=1)
+    for tfms in ([*aug_transforms(size=16, max_rotate=30, p_affine=1.)], [RandomResizedCropGPU(16), Brightness()]):
+        dls = item_dls(sl, ssl, item_tfms=Resize(32), batch_tfms=tfms)
+        for p in ('ssl','mix','sl'): assert phase_dl(dls, p).one_batch()[0].shape==(4,3,16,16)
+        x = phase_dl(item_dls(sl, ssl, item_tfms=Resize(32), batch_tfms=[]), 'ssl').one_batch()[0]
+        assert abs(dls.ssl.one_batch()[0]-F.interpolate(x, (16,16), mode='bilinear', antialias=False)).mean() < 0.1 # as in validation
+        own = item_dls(sl, ssl, item_tfms=Resize(32), batch_tfms=tfms, block=dict(ssl_batch_tfms=RandomResizedCropGPU(24)))
+        assert own.ssl.one_batch()[0].shape[-1]==24 and own.mix.one_batch()[0].shape[-1]==16 # its own size is asked for
+
+# What fastai does with a learner
+
+def test_class_names(capsys):
+    x,y = images(24, 32, 3)
+    dls = mix_dls((x,y), (x,y), bs=8, vocab=['ant','bee','cow'], seed=0)
+    assert dls.vocab==['ant','bee','cow'] and dls.c==3 and list(dls.vocab)==['ant','bee','cow'] and dls.vocab.o2i['cow']==2
+    learn = vision_learner(dls, resnet18, pretrained=False)
+    with learn.no_bar():
+        interp = ClassificationInterpretation.from_learner(learn)
+        interp.print_classification_report()
+        out = capsys.readouterr().out
+        assert all(o in out for o in ('ant','bee','cow'))
+        interp.plot_confusion_matrix()
+    assert [o.get_text() for o in plt.gca().get_xticklabels()]==['ant','bee','cow'] and interp.confusion_matrix().sum()==24
+    with pytest.raises(ValueError, match="vocab must be class names that differ, got 'ant' twice"): mix_dls((x,y), vocab=['ant','bee','ant'])
+
+def test_tta(tmp_path):
+    "Predictions of images augmented as in training; validation is as ever before and after"
+    x,y = images(24, 32, 3)
+    learn = vision_learner(mix_dls((x,y), (x,y), bs=8, tfms='cifar', seed=0), resnet18, pretrained=False)
+    with learn.no_bar():
+        plain = learn.get_preds()[0]
+        aug,preds = learn.tta(beta=None)[0]
+        assert torch.allclose(preds, plain, atol=1e-6) and (aug-plain).abs().max() > 1e-3 and torch.equal(learn.get_preds()[0], plain)
+        assert torch.equal(learn.tta()[1], torch.tensor(y)) and learn.dls.valid.dataset.split_idx is None
+        assert torch.equal(learn.get_preds(dl=learn.dls.valid.new(learn.dls.train_ds))[0], plain) # images to train on, to be looked at
+    learn = vision_learner(item_dls(write(tmp_path/'a', 16, size=32), item_tfms=Resize(32)), resnet18, pretrained=False)
+    with learn.no_bar(): assert learn.tta()[0].shape==(4,3)
+
+def test_weights(tmp_path):
+    "Samples drawn by weights, in the phases that have labels; fastai's own loader for that would lose the SSL images"
+    x,y = images(30, 8, 3)
+    path,u = write(tmp_path/'a', 24),write(tmp_path/'b', 20, seed=1)
+    block = DataBlock(blocks=(MixBlock(ssl=u, seed=0), CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=RandomSplitter(0.25, seed=0), item_tfms=Resize(8))
+    w = np.array([o=='c1' for o in map(parent_label, block.datasets(path).train.items)])
+    dls = block.dataloaders(path, bs=4, num_workers=0, dl_kwargs=(dict(wgts=w), {}))
+    for p in ('mix','sl'): assert {o.item() for _,y in phase_dl(dls, p) for o in y}=={1}
+    assert len({o.item() for _,y in dls.valid for o in y}) > 1 and dls.ssl.wgts is None and len(dls.ssl)==5
+    dls = block.weighted_dataloaders(path, np.ones(24), bs=4, num_workers=0)
+    with pytest.raises(ValueError, match="WeightedDL knows nothing of the MixBlock's images"): phase_dl(dls, 'ssl')
+
 # Files: MixBlock
 
 def item_dls(path, ssl=None, n=0, seed=0, bs=4, block={}, **kw):
@@ -190,8 +375,8 @@ def test_mixblock_phases(tmp_path):
     assert [[*o.shape] for o in dls.mix.one_batch()]==[[4,3,16,16],[4]] and len(dls.ssl.one_batch())==1 and dls.vocab==['c0','c1','c2']
     idxs = dls.mix.get_idxs()[:4]
     for dl in (dls.sl, dls.ssl): dl.before_iter()
-    with seeded(1): b = dls.mix.load(idxs, (7,2,0,0)); m,y = dls.mix.after_batch(b)
-    with seeded(1): b = dls.mix.load(idxs, (7,2,0,0)); xs,y1 = dls.sl.after_batch(b[0]); xu, = dls.ssl.after_batch(b[1])
+    with _seeded(1): b = dls.mix.load(idxs, (7,2,0,0)); m,y = dls.mix.after_batch(b)
+    with _seeded(1): b = dls.mix.load(idxs, (7,2,0,0)); xs,y1 = dls.sl.after_batch(b[0]); xu, = dls.ssl.after_batch(b[1])
     assert torch.allclose(m, 0.25*xs+0.75*xu, atol=1e-5) and torch.equal(y, y1)
     assert b[1][0].float().mean() > 1 and -2.1 < xu.mean() < 2.1 and xu.min() < 0 # normalised as the labelled ones
     same = item_dls(sl)
@@ -281,13 +466,13 @@ def test_damaged_cache_is_rebuilt(tmp_path, harm):
     {'truncate': lambda: b.write_bytes(b.read_bytes()[:-5]), 'flip': lambda: b.write_bytes(b'\1'*5+b.read_bytes()[5:]), 'longer': lambda: b.write_bytes(b.read_bytes()+b'x'),
      'meta': lambda: m.write_text(m.read_text()[:9]), 'list': lambda: m.write_text('[1]'), 'no meta': m.unlink, 'no images': b.unlink}[harm]()
     assert np.array_equal(load_files(files, 16, cache=tmp_path/'c')[0], want)
-    assert np.array_equal(open_cache(d)[0], want)
+    assert np.array_equal(_open_cache(d)[0], want)
 
 LOAD = '''
-import sys, time, mixfast.cache as c
-slow = c.decode_image
+import sys, time, mixfast.data.cache as c
+slow = c._decode_image
 def decode(*args): time.sleep(float(sys.argv[3])); return slow(*args)
-c.decode_image = decode
+c._decode_image = decode
 from pathlib import Path
 x,i = c.load_files(sorted(Path(sys.argv[1]).rglob('*.png')), 16, cache=sys.argv[2], bar=False)
 print(x.shape, int(x.sum()))
@@ -328,7 +513,7 @@ def test_unreadable_files(tmp_path):
         msg = str(e.value)
         assert msg.startswith('4 of 601 images cannot be read') and all(str(files[i]) in msg for i in (3,300,599,600)) and 'skip_bad=True' in msg and 'more than 8 bits' in msg
     with pytest.warns(UserWarning, match='4 of 601'), pytest.MonkeyPatch.context() as m:
-        m.setattr(mixfast.cache, 'build_cache', None)
+        m.setattr(mixfast.data.cache, '_build_cache', None)
         x,i = load_files(files, 16, skip_bad=True, bar=False)
     assert len(x)==597 and set(range(601))-set(i)=={3,300,599,600}
     with pytest.raises(ValueError, match='1 of 1 images cannot be read'): load_files(files[3:4], skip_bad=True)
@@ -400,7 +585,7 @@ def test_cifar100_folders(tmp_path):
 def test_downloads(monkeypatch):
     "Without a path it is fastai that knows where the archive is"
     seen = []
-    monkeypatch.setattr(mixfast.datasets, 'untar_data', lambda url: seen.append(url) or SAMPLES/('cifar10' if 'cifar' in url else 'tiny-imagenet-200'))
+    monkeypatch.setattr(mixfast.data.datasets, 'untar_data', lambda url: seen.append(url) or SAMPLES/('cifar10' if 'cifar' in url else 'tiny-imagenet-200'))
     assert len(cifar10().train[0])==30 and len(tinyimagenet().train[0])==24
     assert seen[0].endswith('cifar10.tgz') and seen[1].endswith('tiny-imagenet-200.zip')
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from fastai.vision.all import Callback, CategoryBlock, DataBlock, PILImage, ProgressCallback, RandomSplitter, accuracy, noop, set_seed
 from mixfast.all import AE, MixBlock, mix_dls, mix_learner
-from mixfast.checkpoint import read_index
+from mixfast.callback.files import _read_index as read_index
 from conftest import HOT, TINY, images, same, state
 sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'))
 import kills
@@ -13,12 +13,12 @@ def test_out_of_memory_in_the_mix_phase(make, tmp_path):
     "torch's own error, as a GPU raises it"
     learn = make(n=40)
     def full(*_):
-        if learn.model.phase=='mix' and learn.model.training: raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
-    learn.model.backbone.patch_embed.register_forward_pre_hook(full) # mixfast calls forward_features
+        if learn.mix.phase=='mix' and learn.model.training: raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+    learn.model.patch_embed.register_forward_pre_hook(full) # mixfast calls forward_features
     fit = dict(e_ssl=3, e_sl=3, recipe=HOT, checkpoint=tmp_path/'run')
     with pytest.raises(torch.OutOfMemoryError, match=r'out of memory in epoch 2, in the mix phase, with batches of 8 images. learn.mix.find_batch_size\(\) says'):
         learn.fit_mixtraining(**fit)
-    assert learn.model.phase is None and [o['epoch'] for o in read_index(tmp_path/'run')]==[2,1]
+    assert learn.mix.phase is None and [o['epoch'] for o in read_index(tmp_path/'run')]==[2,1]
     learn = make(n=40, seed=5)
     learn.fit_mixtraining(**fit, resume=True)
     ref = make(n=40)
@@ -102,7 +102,7 @@ def test_batch_normalisation_of_one_image(make):
     "What torch cannot do is said with the argument to change"
     learn = make(dls=mix_dls(images(17), bs=8, drop_last=False), arch='resnet10t')
     with pytest.raises(ValueError, match='bs: a batch of one image is too small for the batch normalisation .* drop_last=True'): learn.fit_mixtraining(1, 1)
-    assert learn.model.phase is None
+    assert learn.mix.phase is None
     with pytest.raises(TypeError, match='patch_size must be a whole number of pixels, got True'):
         mix_learner(learn.dls, 'vit_tiny_patch16_224', patch_size=True)
 

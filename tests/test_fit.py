@@ -8,16 +8,16 @@ from conftest import HOT, images, same, state
 from mixfast.all import (CSVLogger, Callback, CancelBatchException, CancelEpochException, CancelFitException,
     CancelTrainException, CancelValidException, CrossEntropyLossFlat, DataBlock, DataLoaders, EarlyStoppingCallback,
     GradientAccumulation, GradientClip, ImageBlock, ImageDataLoaders, Learner, MixModel, MixUp, ProgressCallback, RandomSplitter,
-    Recipe, SaveModelCallback, TerminateOnNaNCallback, accuracy, get_image_files, load_learner, mix_dls, mix_learner, noop,
+    Recipe, SaveModelCallback, TerminateOnNaNCallback, accuracy, find_layout, get_image_files, load_learner, mix_dls, mix_learner, noop,
     resnet18, set_seed, vision_learner)
-from mixfast.data import phase_dl
+from mixfast.data.mix import phase_dl
 
 FIT = dict(e_ssl=4, e_sl=4, rho=0.5, recipe=HOT)
 PHASES = ['ssl']*2+['mix']*2+['sl']*2
 
 def works(learn):
     "A plain classifier that can be used and trained again"
-    assert learn.model.phase is None and type(learn.loss_func).__name__=='CrossEntropyLossFlat'
+    assert learn.mix.phase is None and type(learn.loss_func).__name__=='CrossEntropyLossFlat'
     preds,y = learn.get_preds()
     assert preds.shape==(9,3) and torch.allclose(preds.sum(1), torch.ones(9), atol=1e-5)
     assert learn.dls.train is learn.dls.sl
@@ -95,7 +95,7 @@ def test_smoothed_loss_restarts(make):
     class Log(Callback):
         order,run_valid = 100,False
         def after_batch(self):
-            if self.iter==0: first.setdefault(self.mix_training.ph.name, (self.smooth_loss.item(), self.loss.item()))
+            if self.iter==0: first.setdefault(self.phases.now.name, (self.smooth_loss.item(), self.loss.item()))
     make().fit_mixtraining(**FIT, cbs=Log())
     assert list(first)==['ssl','mix','sl'] and all(a==pytest.approx(b, rel=1e-5) for a,b in first.values())
 
@@ -179,7 +179,7 @@ def test_what_gradient_accumulation_gathered_stays_in_its_phase(make):
     steps = []
     class Log(Callback):
         run_valid = False
-        def after_step(self): steps.append((self.mix_training.ph.name, self.epoch, self.iter))
+        def after_step(self): steps.append((self.phases.now.name, self.epoch, self.iter))
     make().fit_mixtraining(2, 2, rho=0.5, recipe=HOT, cbs=[GradientAccumulation(16), Log()]) # 3 batches of 8 an epoch: one is left over
     assert steps==[('ssl',0,1), ('mix',1,1), ('sl',2,1)]
 
@@ -188,7 +188,7 @@ def test_gradient_clip_mixup_and_others(make):
     seen = []
     class Log(Callback):
         order,run_valid = 100,False
-        def before_batch(self): seen.append((self.mix_training.ph.name, hasattr(self.mix_up, 'yb1') and self.mix_up.run))
+        def before_batch(self): seen.append((self.phases.now.name, hasattr(self.mix_up, 'yb1') and self.mix_up.run))
     learn.fit_mixtraining(**FIT, cbs=[GradientClip(0.1), MixUp(), TerminateOnNaNCallback(), Log()])
     assert set(seen)=={('ssl',False), ('mix',True), ('sl',True)}
     works(learn)
@@ -196,7 +196,7 @@ def test_gradient_clip_mixup_and_others(make):
 def test_bf16_on_cpu(make):
     learn = make().to_bf16()
     seen = {}
-    h = learn.model.backbone.blocks[0].mlp.fc1.register_forward_hook(lambda m,i,o: seen.update({learn.model.phase: o.dtype}))
+    h = learn.model.blocks[0].mlp.fc1.register_forward_hook(lambda m,i,o: learn.mix.phase and seen.update({learn.mix.phase: o.dtype}))
     learn.fit_mixtraining(**FIT)
     assert seen==dict(ssl=torch.bfloat16, mix=torch.bfloat16, sl=torch.bfloat16)
     assert not learn.mix.history.train_loss.isna().any()
@@ -244,9 +244,9 @@ def test_lr_find_and_plain_fits(make):
     before = state(learn.model)
     learn.lr_find(num_it=5, show_plot=False)
     assert same(before, state(learn.model))
-    obj = state(learn.model.objective)
+    obj = state(learn.mix.objective)
     learn.fit_one_cycle(2, 1e-3)
-    assert same(obj, state(learn.model.objective)) and learn.recorder.metric_names==['epoch','train_loss','valid_loss','accuracy','time']
+    assert same(obj, state(learn.mix.objective)) and learn.recorder.metric_names==['epoch','train_loss','valid_loss','accuracy','time']
     learn.fit_mixtraining(**FIT)
     learn.fine_tune(1)
 
@@ -271,10 +271,10 @@ def test_plain_learners(tmp_path, arch):
     x = torch.randn(2,3,32,32)
     with torch.no_grad(): a = model.eval()(x)
     learn.to_mix()
-    with torch.no_grad(): assert torch.equal(a, learn.model.eval()(x)) and learn.model.backbone is model
+    with torch.no_grad(): assert torch.equal(a, learn.model.eval()(x)) and learn.model is model
     learn.fit_mixtraining(2, 2, rho=0.5)
     assert learn.mix.history.phase.tolist()==['ssl','mix','sl'] and learn.dls is dls and learn.loss_func is lf
-    assert type(learn.model.objective).__name__==('MAE' if arch.startswith('vit') else 'AE')
+    assert type(learn.mix.objective).__name__==('MAE' if arch.startswith('vit') else 'AE')
     learn.predict(tmp_path/'0_0.png'); learn.show_results(); learn.mix.show_reconstructions(n=2)
     learn.fit_ssl_sl(1, 1); learn.fit_sl(1)
     assert learn.mix.history.phase.tolist()==['sl']
@@ -287,12 +287,12 @@ def test_frozen_learner_is_unfrozen(tmp_path):
     learn.freeze()
     w = learn.model[0].model.conv1.weight.clone()
     learn.fit_mixtraining(1, 1)
-    assert not torch.equal(w, learn.model.backbone[0].model.conv1.weight)
+    assert not torch.equal(w, learn.model[0].model.conv1.weight)
 
 def test_change_of_objective(make):
     learn = make()
     learn.to_mix('ae')
-    assert type(learn.model.objective).__name__=='AE' and isinstance(learn.model, MixModel) and not isinstance(learn.model.backbone, MixModel)
+    assert type(learn.mix.objective).__name__=='AE' and not isinstance(learn.model, MixModel)
     learn.fit_mixtraining(**FIT)
     assert len([o for o in learn.cbs if o.name=='mix'])==1
 
@@ -459,7 +459,8 @@ def test_more_bad_input(make, tmp_path):
     assert mix_dls(ssl=x, valid=(x,y)).vocab==['0','1','2']
     with pytest.raises(TypeError, match='are for timm.create_model'):
         mix_learner(mix_dls((x,y)), timm.create_model('resnet10t', in_chans=1, num_classes=3), patch_size=4)
-    assert mix_learner(mix_dls(images(6, 32, 3)), 'resnet10t', img_size=32).model.layout.grid==(1,1)
+    learn = mix_learner(mix_dls(images(6, 32, 3)), 'resnet10t', img_size=32)
+    assert find_layout(learn.model, learn.dls.one_batch()[0]).grid==(1,1)
     loader = torch.utils.data.DataLoader([(torch.zeros(3,32,32),0)]*4, batch_size=2)
     with pytest.raises(TypeError, match="fastai's DataLoader"):
         Learner(DataLoaders(loader, loader), timm.create_model('resnet10t', num_classes=3), loss_func=CrossEntropyLossFlat()).fit_mixtraining(1,1)
@@ -477,4 +478,4 @@ def test_not_square_and_other_channels(make):
     learn = make(dls=mix_dls((x,y), (x,y), bs=4))
     learn.fit_mixtraining(2, 2)
     learn.mix.show_reconstructions(n=2)
-    assert learn.model.layout.grid==(8,4) and learn.predict(x[0])[0] in '012'
+    assert find_layout(learn.model, learn.dls.one_batch()[0]).grid==(8,4) and learn.predict(x[0])[0] in '012'

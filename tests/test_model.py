@@ -3,7 +3,7 @@ import pytest, timm, torch
 from torch import nn
 
 from conftest import same, state
-from mixfast.all import (MAE, Adam, Callback, Hypers, L, MixModel, OptimWrapper, Recipe, find_layout, fused_adamw, no_decay,
+from mixfast.all import (MAE, Adam, Callback, Hypers, L, MixModel, OptimWrapper, Recipe, find_layout, fused_adamw, no_decay, set_up,
                          partial)
 
 ARCHS = ['vit_tiny_patch16_224', 'deit_tiny_patch16_224', 'deit_tiny_distilled_patch16_224', 'resnet18', 'resnet18d', 'convnext_atto',
@@ -24,13 +24,13 @@ def test_objectives(arch, size, c):
     bb,x = backbone(arch, size, c),torch.randn(2, c, size, size)
     for name in ('mae','ae'):
         if name=='mae' and grid(bb, x)==(1,1):
-            with pytest.raises(ValueError, match="Use objective='ae'"): MixModel(bb, name, x)
+            with pytest.raises(ValueError, match="Use objective='ae'"): set_up(name, bb, x)
             continue
-        m = MixModel(bb, name, x)
-        m.phase = 'mix'
-        out = m(x)
-        assert out.logits.shape==(2,5) and out.ssl_loss.shape==()
-        (out.ssl_loss+out.logits.sum()).backward()
+        m = MixModel(bb, set_up(name, bb, x))
+        out = m(x, 'mix')
+        ssl_loss = out.losses['ssl_loss']
+        assert out.pred.shape==(2,5) and ssl_loss.shape==()
+        (ssl_loss+out.pred.sum()).backward()
         idle = [n for n,p in m.named_parameters() if p.grad is None]
         assert not idle, idle
         with torch.no_grad(): seen,rebuilt = m.objective.reconstruct(m.objective.encode(bb, x), x)
@@ -41,9 +41,11 @@ def test_one_pass_and_plain_backbone(make, arch):
     "One backbone pass a training step in every phase; afterwards the backbone is timm's"
     size = 64
     learn = make(n=16, bs=8, size=size, c=3, arch=arch, metrics=[], **({'patch_size':16} if 'patch16' in arch else {}))
-    bb,n = learn.model.backbone,{}
+    bb,n = learn.model,{}
     stem = next(m for m in bb.modules() if isinstance(m, nn.Conv2d)) # every image goes through it once a pass
-    h = stem.register_forward_hook(lambda *_: n.__setitem__(learn.model.phase, n.get(learn.model.phase, 0)+learn.model.training))
+    def count(*_):
+        if learn.model.training: n[learn.mix.phase] = n.get(learn.mix.phase, 0)+1
+    h = stem.register_forward_hook(count)
     learn.fit_mixtraining(2, 2, rho=0.5)
     h.remove()
     assert n==dict(ssl=2, mix=2, sl=2) # two steps an epoch, one epoch a phase
@@ -58,11 +60,11 @@ def test_idle_heads_do_not_change(make, opt):
     "Not one bit of the classifier in the SSL phase, of the objective in the SL phase"
     opt_func = dict(adamw=fused_adamw, fastai=Adam, wrapper=partial(OptimWrapper, opt=torch.optim.AdamW))[opt]
     learn = make(opt_func=opt_func)
-    head,obj,seen = learn.model.backbone.head,learn.model.objective,{}
+    head,obj,seen = learn.model.head,learn.mix.objective,{}
     class Watch(Callback):
         order = 100
         def before_train(self): self.a = state(head),state(obj)
-        def after_train(self): seen.setdefault(self.learn.model.phase, []).append((same(self.a[0], state(head)), same(self.a[1], state(obj))))
+        def after_train(self): seen.setdefault(self.learn.mix.phase, []).append((same(self.a[0], state(head)), same(self.a[1], state(obj))))
     learn.fit_mixtraining(4, 4, rho=0.5, cbs=Watch())
     assert seen==dict(ssl=[(True,False)]*2, mix=[(False,False)]*2, sl=[(False,True)]*2)
 
@@ -71,7 +73,7 @@ def test_decay_leaves_vectors_alone(make):
     for opt_func in (fused_adamw, Adam):
         for everything in (False, True):
             learn = make(opt_func=opt_func, wd_bn_bias=everything)
-            nd = no_decay(learn.model)
+            nd = no_decay(learn.model) | no_decay(learn.mix.objective)
             seen = {}
             class Hypers_(Callback):
                 def before_step(self):
@@ -85,11 +87,11 @@ def test_freeze_keeps_the_head(make):
     learn = make(splitter=body_head)
     learn.freeze()
     on = {n for n,p in learn.model.named_parameters() if p.requires_grad and 'norm' not in n} # fastai keeps norms trainable
-    assert on=={'backbone.head.weight','backbone.head.bias'}
+    assert on=={'head.weight','head.bias'}
     learn.unfreeze()
     assert all(p.requires_grad for p in learn.model.parameters())
 
 def test_two_objectives_do_not_share(make):
     o = MAE(0.5)
     a,b = make(objective=o),make(objective=o)
-    assert a.model.objective is not b.model.objective and not hasattr(o, 'decoder')
+    assert a.mix.objective is not b.mix.objective and not hasattr(o, 'decoder')

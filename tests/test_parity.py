@@ -2,30 +2,30 @@
 import copy
 import pytest, timm
 
-import mixfast.objective
+import mixfast.objective.autoencode
 from conftest import HOT, TINY, images
-from mixfast.all import MixPlan, phase_dl
+from mixfast.all import BlendDL, MixDL, MixPlan
 from reference import RefAE, RefMAE, train
 
 def spy(learn, monkeypatch):
     "Log the raw batches, by phase, and the masks that a fit trains on"
-    steps,masks,phase = [],[],lambda: learn.model.phase
-    def log(dl):
-        load = dl.load
-        def f(idxs, key):
-            b = load(idxs, key)
-            if phase() and learn.training and phase_dl(learn.dls, phase()) is dl:
+    steps,masks,phase = [],[],lambda: learn.mix.phase
+    def log(cls):
+        load = cls.load
+        def f(self, idxs, key):
+            b = load(self, idxs, key)
+            if phase() and learn.training and self is learn.dl: # not a side of a mix
                 (x,*y),ssl = b if isinstance(b[0], tuple) else (b,None)
                 steps.append((phase(), x if ssl is None else (x,*ssl), y[0] if y else None))
             return b
-        dl.load = f
-    for dl in {id(o):o for o in (learn.dls.ssl, learn.dls.mix, learn.dls.sl)}.values(): log(dl)
-    random_mask = mixfast.objective.random_mask
+        monkeypatch.setattr(cls, 'load', f)
+    for cls in (MixDL, BlendDL): log(cls)
+    random_mask = mixfast.objective.autoencode.random_mask
     def f(*args):
         m = random_mask(*args)
         if learn.training: masks.append(m)
         return m
-    monkeypatch.setattr(mixfast.objective, 'random_mask', f)
+    monkeypatch.setattr(mixfast.objective.autoencode, 'random_mask', f)
     return steps,masks
 
 def reference(learn, kind):
@@ -34,8 +34,8 @@ def reference(learn, kind):
     arch = dict(mae=lambda: timm.create_model(TINY['arch'], img_size=8, in_chans=1, num_classes=3, **kw),
                 ae=lambda: timm.create_model('resnet18', in_chans=1, num_classes=3))[kind]
     bb = arch()
-    bb.load_state_dict(learn.model.backbone.state_dict(), strict=True)
-    dec = copy.deepcopy(learn.model.objective.decoder.state_dict())
+    bb.load_state_dict(learn.model.state_dict(), strict=True)
+    dec = copy.deepcopy(learn.mix.objective.decoder.state_dict())
     if kind=='mae': head = RefMAE(32, 1, grid=4, patch=2, chans=1, pos=dec['pos'])
     else:
         head = RefAE(512, 8, 4, 1)
@@ -63,7 +63,7 @@ def test_same_weights(make, monkeypatch, kind, e_ssl, e_sl, rho, two):
     as_dict = lambda h: dict(lr=h.lr*8/256, warm=h.warmup, betas=h.betas, wd=h.wd)
     train(bb, head, steps, n_ssl, x.mean(), x.std(), as_dict(HOT.ssl), as_dict(HOT.sl), 0.4, 0.3, keep=('pos_embed','cls_token'))
 
-    ours = {**learn.model.backbone.state_dict(), **{f'd.{i}':v for i,v in enumerate(learn.model.objective.decoder.state_dict().values())}}
+    ours = {**learn.model.state_dict(), **{f'd.{i}':v for i,v in enumerate(learn.mix.objective.decoder.state_dict().values())}}
     ref  = {**bb.state_dict(), **{f'd.{i}':v for i,v in enumerate(RefOrder(head))}}
     diff = max((ours[k].double()-ref[k].double()).abs().max().item() for k in ours)
     assert ours.keys()==ref.keys() and diff<1e-5, diff

@@ -10,7 +10,7 @@ import mixfast
 
 root = Path(__file__).resolve().parents[1]
 nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not re.search(r'/[_.]', p.relative_to(root).as_posix()))
-each_nb = pytest.mark.parametrize('nb', nbs, ids=lambda p: p.stem)
+each_nb = pytest.mark.parametrize('nb', nbs, ids=lambda p: f'{p.parent.name}/{p.stem}')
 
 def run(*cmd, cwd=root):
     "Output of a command in an environment that draws no windows; its failure is the test's, with all it printed"
@@ -47,10 +47,10 @@ def test_settings_agree():
 def test_module_is_what_the_notebooks_export(tmp_path):
     for p in ('nbs', 'mixfast'): shutil.copytree(root/p, tmp_path/p, ignore=shutil.ignore_patterns('__pycache__'))
     shutil.copy(root/'pyproject.toml', tmp_path)
-    for p in (tmp_path/'mixfast').glob('*.py'):
+    for p in (tmp_path/'mixfast').rglob('*.py'):
         if p.name != '__init__.py': p.unlink() # a module without a notebook does not come back
     run('nbdev-export', cwd=tmp_path)
-    src,exp = ({p.name: p.read_text(encoding='utf-8') for p in (d/'mixfast').glob('*.py')} for d in (root, tmp_path))
+    src,exp = ({p.relative_to(d): p.read_text(encoding='utf-8') for p in (d/'mixfast').rglob('*.py')} for d in (root, tmp_path))
     assert src == exp, 'run nbdev-export'
 
 def test_readme_is_what_index_says(): run(sys.executable, 'tools/readme.py', '--check')

@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from fastai.vision.all import (Adam, AvgMetric, Callback, CancelEpochException, CategoryBlock, DataBlock, GradientAccumulation, ImageBlock, ImageDataLoaders, Metric, PILImage, ProgressCallback,
     RandomSplitter, SGD, SaveModelCallback, accuracy, noop, ranger, resnet18, set_seed, vision_learner)
-from mixfast import objective
+from mixfast.objective import autoencode
 from mixfast.all import AE, BatchFlip, MAE, MixBlock, MixDL, mix_dls, mix_learner
-from mixfast.checkpoint import INDEX, check_room, load_state, read_index, save_state, write_atomic
+from mixfast.callback.files import (_INDEX as INDEX, _check_room as check_room, _load_state as load_state, _read_index as read_index,
+    _save_state as save_state, _write_atomic as write_atomic)
 from conftest import HOT, TINY, images, same, state
 sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'))
 import kills
@@ -50,7 +51,7 @@ def test_kill_9(tmp_path):
         assert kills.child(lambda: kills.fit(folder, seed=9)) and (folder/'digest').read_text()==want, traps
         assert sorted(f.suffix for f in folder.glob('[!.]*'))==['','.json','.pt','.pt']
 
-@pytest.mark.parametrize('kwargs', [dict(objective=MAE(drop='mix')), dict(arch='resnet10t', size=32, c=3, objective=AE), dict(drop_path_rate=0.3)])
+@pytest.mark.parametrize('kwargs', [dict(objective=MAE(visible_only='mix')), dict(arch='resnet10t', size=32, c=3, objective=AE), dict(drop_path_rate=0.3)])
 def test_models(make, tmp_path, kwargs):
     new = lambda seed: make(seed=seed, n=40, ssl=images(30, kwargs.get('size', 8), kwargs.get('c', 1), seed=3)[0], **kwargs)
     check_resumed(new, tmp_path/'run', (4,7,7), every_steps=2)
@@ -68,9 +69,9 @@ def test_samples_and_draws(make, tmp_path, monkeypatch):
     def note(kind, o):
         if on[0]: log.append((kind, np.asarray(o).tolist()))
         return o
-    load,mask,flip = MixDL.load,objective.random_mask,BatchFlip.__call__
+    load,mask,flip = MixDL.load,autoencode.random_mask,BatchFlip.__call__
     monkeypatch.setattr(MixDL, 'load', lambda self, idxs, key: load(self, note('samples', idxs), note('key', key)))
-    monkeypatch.setattr(objective, 'random_mask', lambda *args: note('mask', mask(*args)))
+    monkeypatch.setattr(autoencode, 'random_mask', lambda *args: note('mask', mask(*args)))
     def flipped(self, x): # which of the images are another way round now
         y = flip(self, x)
         note('flips', (x!=y).flatten(1).any(1))
@@ -134,7 +135,7 @@ def test_ended(make, tmp_path):
     learn.fit_mixtraining(2, 2, checkpoint=tmp_path/'run')
     again.fit_mixtraining(2, 2, checkpoint=tmp_path/'run', resume=True)
     assert same(state(learn.model), state(again.model)) and whole(learn)==whole(again)
-    assert again.model.phase is None and learn.validate()==again.validate()
+    assert again.mix.phase is None and learn.validate()==again.validate()
     again.fit_sl(1)
 
 def test_with_a_progress_bar(make, tmp_path):
@@ -228,7 +229,7 @@ def test_other_settings(make, tmp_path):
         (new(), dict(rho=0.6), 'rho was 0.5, and is 0.6'), (new(), dict(alpha=0.4), 'alpha was 0.5'), (new(), dict(recipe=HOT), 'recipe was'),
         (new(), dict(carry_opt=True), 'carry_opt was False'), (new().to_bf16(), {}, "precision was 'fp32', and is 'bf16'"),
         (new(n=32), {}, 'valid was|ssl was'), (new(bs=12), {}, 'bs'), (new(embed_dim=64), {}, 'the shape of backbone'), (new(objective=AE), {}, "objective was 'MAE'"),
-        (new(objective=MAE(depth=1)), {}, 'the shape of objective.decoder.blocks.1'), (new(wd_bn_bias=True), {}, 'wd_bn_bias'),
+        (new(objective=MAE(depth=1)), {}, "objective_settings was .*'depth': 2.* and is .*'depth': 1"), (new(wd_bn_bias=True), {}, 'wd_bn_bias'),
         (new(dls=mix_dls(images(24), images(9, seed=1), bs=8, seed=3)), {}, 'seed was None, and is 3')):
         with pytest.raises(ValueError, match=says): learn.fit_mixtraining(2, 2, **{**kwargs, 'checkpoint':tmp_path/'run', 'resume':True})
     learn = new()
@@ -252,7 +253,7 @@ def test_missing_parts(make, tmp_path):
     "A checkpoint without its optimizer, or with other weights, is an error that says so"
     make().fit_mixtraining(2, 2, checkpoint=tmp_path/'run')
     good = load_state(tmp_path/'run')
-    for k in ('opt','model','settings','recorder','loaders','seed'):
+    for k in ('opt','model','settings','callbacks','loaders','grads'):
         save_state(tmp_path/'run', {a:b for a,b in good.items() if a!=k})
         with pytest.raises(ValueError, match=f'has no {k!r}'): make().fit_mixtraining(2, 2, checkpoint=tmp_path/'run', resume=True)
 

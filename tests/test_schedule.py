@@ -34,8 +34,8 @@ def test_alpha(make, sched):
     class Log(Callback):
         order,run_valid = 100,False
         def after_loss(self):
-            m = self.mix_training
-            if m.ph.name=='mix': seen.append((self.loss.item(), m.losses['ssl_loss'].item(), m.losses['sl_loss'].item()))
+            m = self.phases
+            if m.now.name=='mix': seen.append((self.loss.item(), self.learn.losses['ssl_loss'].item(), self.learn.losses['sl_loss'].item()))
     learn = make()
     learn.fit_mixtraining(4, 4, rho=0.5, alpha=0.3, alpha_sched=sched, cbs=Log())
     t = [i/5 for i in range(6)]

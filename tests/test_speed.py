@@ -4,8 +4,8 @@ from collections import Counter
 import pytest, torch, timm
 from fastai.vision.all import Callback, ProgressCallback, accuracy
 from torch._dynamo.utils import counters
-from mixfast.all import AE, MAE, MixModel
-from mixfast.objective import kept_features
+from mixfast.all import AE, MAE, MixModel, set_up
+from mixfast.objective.autoencode import kept_features
 from conftest import HOT, TINY, images, same, state
 
 def vit(**kwargs):
@@ -14,29 +14,28 @@ def vit(**kwargs):
 
 X = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
+def mixed(backbone, objective): return MixModel(backbone, set_up(objective, backbone, X))
+
 def tokens(m, phase):
     "Tokens that the first block sees in a training step"
     seen = []
     h = m.backbone.blocks[0].register_forward_hook(lambda mod, args, out: seen.append(out.shape[1]))
-    m.phase = phase
-    m.train()(X)
+    m.train()(X, phase)
     h.remove()
     return seen
 
 @pytest.mark.parametrize('drop,want', [(False, (17,17,17)), (True, (5,17,17)), ('mix', (5,5,17))])
 def test_tokens_by_phase(drop, want):
     "One pass in each phase, of a quarter of the patches and the class token where the rest is dropped"
-    m = MixModel(vit(), MAE(drop=drop), X)
+    m = mixed(vit(), MAE(visible_only=drop))
     assert [tokens(m, p) for p in ('ssl','mix','sl')]==[[n] for n in want]
-    m.phase = 'mix'
-    out = m(X)
-    (out.ssl_loss+out.logits.sum()).backward()
-    assert all(p.grad is not None for p in m.parameters()) and out.logits.shape==(3,3)
+    out = m(X, 'mix')
+    (out.losses['ssl_loss']+out.pred.sum()).backward()
+    assert all(p.grad is not None for p in m.parameters()) and out.pred.shape==(3,3)
 
 def test_dropped_patches_are_not_seen():
     "What is masked has no part in the features; what is kept is in order; and all of it is the plain model's pass"
-    m = MixModel(vit(), MAE(drop=True), X).eval()
-    m.phase = 'ssl'
+    m = mixed(vit(), MAE(visible_only=True)).eval()
     torch.manual_seed(5)
     f = m.objective.encode(m.backbone, X)
     mask = f.mask.view(3,1,4,4).repeat_interleave(2,2).repeat_interleave(2,3)
@@ -57,19 +56,19 @@ def test_dropped_patches_are_not_seen():
 @pytest.mark.parametrize('kwargs', [{}, dict(global_pool='avg', class_token=False)])
 def test_a_fit_with_dropping(make, drop, kwargs):
     "Through all phases; the classifier is the plain model's; reconstructions can be shown; the backbone loads strictly"
-    learn = make(objective=MAE(drop=drop), **kwargs)
+    learn = make(objective=MAE(visible_only=drop), **kwargs)
     learn.fit_mixtraining(3, 3, rho=0.34, recipe=HOT)
     h = learn.mix.history
     assert h.phase.tolist()==['ssl','ssl','mix','sl','sl'] and h.train_loss.notna().all() and h.accuracy[2:].notna().all()
     learn.mix.show_reconstructions(3)
     learn.mix.grad_cosines()
     assert learn.get_preds()[0].shape==(9,3)
-    timm.create_model(TINY['arch'], img_size=8, in_chans=1, num_classes=3, **{k:v for k,v in TINY.items() if k!='arch'}, **kwargs).load_state_dict(learn.model.backbone.state_dict(), strict=True)
+    timm.create_model(TINY['arch'], img_size=8, in_chans=1, num_classes=3, **{k:v for k,v in TINY.items() if k!='arch'}, **kwargs).load_state_dict(learn.model.state_dict(), strict=True)
 
 def test_what_cannot_be_dropped():
-    with pytest.raises(ValueError, match="drop must be False, True or 'mix', got 'ssl'"): MAE(drop='ssl')
-    with pytest.raises(ValueError, match='drop needs a timm VisionTransformer, got ResNet'): MixModel(timm.create_model('resnet10t'), MAE(drop=True), torch.randn(2,3,96,96))
-    with pytest.raises(ValueError, match='patch_drop_rate=0'): MixModel(vit(patch_drop_rate=0.5), MAE(drop=True), X)
+    with pytest.raises(ValueError, match="visible_only must be False, True or 'mix', got 'ssl'"): MAE(visible_only='ssl')
+    with pytest.raises(ValueError, match='visible_only needs a timm VisionTransformer, got ResNet'): set_up(MAE(visible_only=True), timm.create_model('resnet10t'), torch.randn(2,3,96,96))
+    with pytest.raises(ValueError, match='patch_drop_rate=0'): mixed(vit(patch_drop_rate=0.5), MAE(visible_only=True))
 
 READS = ('item','cpu','tolist','numpy','__bool__','__float__','__int__')
 
@@ -85,7 +84,7 @@ def reads(monkeypatch):
         monkeypatch.setattr(torch.Tensor, k, g)
     return n
 
-@pytest.mark.parametrize('objective', [MAE, MAE(drop='mix')])
+@pytest.mark.parametrize('objective', [MAE, MAE(visible_only='mix')])
 def test_a_step_reads_nothing(make, reads, objective):
     "From one training batch's end to the next one's, in every phase, with a progress bar that is not drawn meanwhile"
     seen = []
@@ -93,7 +92,7 @@ def test_a_step_reads_nothing(make, reads, objective):
         order,run_valid = 1000,False
         def before_train(self): self.progress.pbar.wait_for = 1000 # the bar is not drawn
         def after_batch(self):
-            if 6<self.iter<9: seen.append((self.mix_training.ph.name, dict(reads))) # the first five and the last are always drawn
+            if 6<self.iter<9: seen.append((self.phases.now.name, dict(reads))) # the first five and the last are always drawn
             reads.clear()
     learn = make(n=80, bs=8, objective=objective)
     learn.add_cb(ProgressCallback())
@@ -109,7 +108,7 @@ def test_losses_are_plain_numbers_afterwards(make):
     assert type(learn.recorder.smooth_loss).__name__=='AvgSmoothLoss'
     learn.fit(1)
 
-@pytest.mark.parametrize('kwargs', [{}, dict(objective=MAE(drop=True)), dict(objective=MAE(drop='mix')), dict(arch='resnet10t', size=32, c=3)])
+@pytest.mark.parametrize('kwargs', [{}, dict(objective=MAE(visible_only=True)), dict(objective=MAE(visible_only='mix')), dict(arch='resnet10t', size=32, c=3)])
 def test_compiled(make, kwargs):
     "The same weights; compiled in each phase's first steps and never again; names, copies and exports are plain"
     torch._dynamo.reset()
@@ -155,13 +154,13 @@ def test_channels_last(make):
     learn = make(**kwargs)
     learn.to_channelslast(use_amp=False)
     learn.fit_mixtraining(2, 2, rho=0.5)
-    assert learn.model.backbone.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert learn.model.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert plain.mix.history.train_loss.tolist()==pytest.approx(learn.mix.history.train_loss.tolist(), rel=1e-3)
 
 def test_bench(tmp_path, monkeypatch, capsys):
     "The command measures, prints ratios first and writes JSON; bad arguments end it before that"
-    from mixfast import bench
-    from mixfast.peers import Work
+    from mixfast.bench import core as bench
+    from mixfast.bench.peers import Work
     monkeypatch.setattr(bench, 'CPU', Work(n=64, bs=16, dim=32, depth=2, heads=2, patch=8))
     monkeypatch.setattr(bench, 'QUICK', dict(epochs=2))
     monkeypatch.setattr(bench, 'import_rows', lambda n: [])
@@ -180,7 +179,7 @@ def test_bench(tmp_path, monkeypatch, capsys):
 
 def test_peers_train(monkeypatch):
     "The loop by hand learns what `fit_mixtraining` does: a benchmark of the same work"
-    from mixfast.peers import Work, bare_fit, lightly_fit, mixfast_fit
+    from mixfast.bench.peers import Work, bare_fit, lightly_fit, mixfast_fit
     seen = Counter()
     step = torch.optim.AdamW.step
     def count(self, *args, **kwargs):

@@ -11,12 +11,15 @@ from readme import nb_md, root
 
 def image(data, mime): return f'![](data:{mime};base64,{"".join(data.split())})\n'
 
+rooms = '. objective task data callback insight paper bench tutorials'.split() # as one reads them
+
 def sidebar(pages, here):
     "Links from page `here` to all pages, a heading a folder"
     res, folder = [], Path()
     for p,title in pages.items():
         if p.parent != folder: res.append(f'<h4>{p.parent}</h4>')
         folder, cls = p.parent, ' class="here"' if p == here else ''
+        title = title.removeprefix(f'{folder}.') # a page of a folder is called by the folder's name, too
         res.append(f'<a href="{os.path.relpath(p, here.parent)}"{cls}>{escape(title)}</a>')
     return '\n'.join(res)
 
@@ -38,7 +41,8 @@ def main(
     os.chdir(root) # where nbdev looks for its config
     proc,doc_url = proc_nbs(force=True, n_workers=0),get_config().doc_url # one process: fastai is imported once
     shutil.copytree(proc, out, ignore=shutil.ignore_patterns('*.ipynb', '*.yml'), dirs_exist_ok=True) # the pictures
-    nbs = sorted(proc.rglob('*.ipynb'), key=lambda p: (p.parent, p.stem != 'index', p.name))
+    def place(p): return rooms.index(str(p.parent.relative_to(proc))), p.stem != 'index', p.name
+    nbs = sorted(proc.rglob('*.ipynb'), key=place)
     fms = {nb: nb_frontmatter(read_nb(nb)) for nb in nbs}
     pages = {nbpath2html(nb.relative_to(proc)): fms[nb].get('title', nb.stem) for nb in nbs}
     for nb,here in zip(nbs, pages):

@@ -9,7 +9,8 @@ from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CrossEntropyLoss
 from torch import nn
 
 from conftest import HOT, TINY, images, same, state
-from mixfast.all import AE, KNNAccuracy, MAE, MixModel, Objective, features, mix_dls, mix_learner, plain_model
+from mixfast.all import (AE, BatchFlip, BatchResizedCrop, KNNAccuracy, MAE, Objective, find_layout, mix_dls, mix_learner,
+                         plain_model)
 
 FIT = dict(e_ssl=4, e_sl=4, rho=0.5, recipe=HOT) # two epochs of each phase
 PHASES = ['ssl']*2+['mix']*2+['sl']*2
@@ -265,3 +266,43 @@ def test_unlabelled_validation_has_no_metrics_of_labels(make):
     learn = make(dls=dls, metrics=[])
     learn.fit_ssl(2, recipe=HOT)
     assert learn.mix.history.phase.tolist()==['ssl']*2
+
+# ---- two views: 9 lines
+
+class SimSiam(Objective):
+    views = 2
+    def setup(self, backbone, x): self.project,self.predict = nn.Linear(find_layout(backbone, x).dim, 16),nn.Linear(16, 16)
+    def forward(self, feats, x):
+        a,b = self.project(feats.tokens().mean(1)).chunk(2)
+        def cos(p, z): return F.cosine_similarity(self.predict(p), z.detach()).mean()
+        return -(cos(a, b)+cos(b, a))/2
+
+@pytest.mark.parametrize('two', [False,True])
+def test_two_views_are_resumed(make, tmp_path, two):
+    "Other images for SSL or the same: each view blended, one pass a step; killed in each phase, and bit for bit as in peace"
+    class Die(Callback):
+        order,run_valid = 2000,False
+        def __init__(self, n): self.n = n
+        def after_batch(self):
+            self.n -= 1
+            if self.n==0: raise RuntimeError('died')
+    def new(seed):
+        set_seed(seed)
+        dls = mix_dls(images(40), images(9, seed=1), ssl=images(50, seed=2)[0] if two else None, bs=8, tfms=BatchFlip(), ssl_tfms=[BatchResizedCrop(), BatchFlip()])
+        return make(seed=seed, dls=dls, objective=SimSiam())
+    ref,seen = new(0),[]
+    class Look(Callback):
+        order,run_valid = 100,False
+        def after_pred(self): seen.append((self.phases.now.name, len(self.xb[0]) if isinstance(self.xb[0], tuple) else 1, tuple(self.pred.shape)))
+    ref.fit_mixtraining(**FIT, cbs=Look())
+    assert set(seen)=={('ssl',2,(8,0)), ('mix',2,(8,3)), ('sl',1,(8,3))}
+    for n,seed in ((4,0), (9,5), (8,6)):
+        with pytest.raises(RuntimeError, match='died'): new(seed).fit_mixtraining(**FIT, checkpoint=tmp_path/'run', every_steps=2, resume=True, cbs=Die(n))
+    learn = new(7)
+    learn.fit_mixtraining(**FIT, checkpoint=tmp_path/'run', every_steps=2, resume=True)
+    assert same(state(learn.model), state(ref.model)) and same(state(learn.mix.objective), state(ref.mix.objective))
+    assert learn.mix.history.ssl_loss[:4].between(-1, 1).all()
+
+def test_views_need_loaders_that_make_them():
+    learn = quiet(mix_learner(tensor_dls(torch.arange(24)%3), 'resnet10t', SimSiam(), n_out=3, loss_func=CrossEntropyLossFlat()))
+    with pytest.raises(ValueError, match='objective needs 2 views of each image: use mix_dls, or a MixBlock'): learn.fit_mixtraining(1, 1)

@@ -18,7 +18,7 @@ import mixfast
 
 # %% ../../nbs/insight/00_machine.ipynb #d3fc8a7a
 def device_name(
-    dev:torch.device,
+    dev:torch.device, # The CPU or a CUDA device
 )->str: # As 'NVIDIA H100' or 'x86_64 CPU, 2 threads'
     "What a device is called"
     if dev.type=='cuda': return torch.cuda.get_device_name(dev)
@@ -45,7 +45,7 @@ def source_commit(
 
 # %% ../../nbs/insight/00_machine.ipynb #e809242c
 def device_clock(
-    dev:torch.device,
+    dev:torch.device, # The CPU or a CUDA device
 )->float: # Seconds since some point in time, as `time.perf_counter`
     "The time when all that was started on a device is done"
     if dev.type=='cuda': torch.cuda.synchronize(dev)
@@ -53,7 +53,7 @@ def device_clock(
 
 # %% ../../nbs/insight/00_machine.ipynb #cee11106
 def reset_peak_memory(
-    dev:torch.device,
+    dev:torch.device, # The CPU or a CUDA device
 ):
     "Let the memory of earlier runs go, and count anew from here; where the system cannot, the peak is unknown"
     gc.collect()
@@ -64,7 +64,7 @@ def reset_peak_memory(
     except (OSError, AttributeError): pass # not Linux
 
 def peak_memory(
-    dev:torch.device,
+    dev:torch.device, # The CPU or a CUDA device
 )->int: # Bytes; None where the system does not say
     "Most memory since `reset_peak_memory`: of the device, or of the process"
     if dev.type=='cuda': return torch.cuda.max_memory_allocated(dev)
@@ -74,7 +74,7 @@ def peak_memory(
 
 # %% ../../nbs/insight/00_machine.ipynb #5ef36714
 def usable_memory(
-    dev:torch.device,
+    dev:torch.device, # The CPU or a CUDA device
     share:float=0.8, # Of what is free; the rest is a margin for what fragments
 )->float: # Bytes
     "Memory that this process may use: a share of what is free or held by torch already"

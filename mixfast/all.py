@@ -17,9 +17,11 @@ from .task.core import *
 from .data.augment import *
 from .data.cache import *
 from .data.store import *
+from .data.shard import *
 from .data.loader import *
 from .data.mix import *
 from .data.block import *
+from .data.labels import *
 from .data.datasets import *
 from .phases import *
 from .schedule import *

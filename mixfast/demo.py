@@ -29,6 +29,7 @@ VIT = dict(arch='vit_tiny_patch16_224', patch_size=2, embed_dim=48, num_heads=3,
            global_pool='avg', class_token=False) # the classifier reads all features
 RECIPE = Recipe(ssl=Hypers(3e-2, warmup=0.2), sl=Hypers(1.5e-2, warmup=0.05))
 
+# %% ../nbs/06_demo.ipynb #78f11099
 def demo_learner(
     seed:int, # Of the labelled images, the weights and the batches
     n_labels:int=20, # Labelled images a class
@@ -70,6 +71,7 @@ def demo(
     out,learners = Path(out).expanduser(),[]
     out.mkdir(parents=True, exist_ok=True)
     def new(seed):
+        "A learner, of which the last is kept"
         learners[:] = [demo_learner(seed)]
         return learners[0]
     runs = compare_methods(new, epochs, epochs, rho, alpha, seeds, save=out/'runs.csv', recipe=RECIPE)

@@ -33,7 +33,7 @@ def _normalisation(dls)->dict:
 
 # %% ../nbs/05_hub.ipynb #6feeaf75
 def _write(m, folder, args, dls, card):
-    "The files of the folder"
+    "Write model `m`, made by timm from `args`, for images like those of `dls`, with its `card`"
     labels,source = [str(o) for o in getattr(dls, 'vocab', None) or []],{'url','file','hf_hub_id','source','state_dict'}
     cfg = {k:v for k,v in m.pretrained_cfg.items() if v is not None and k not in source}
     cfg |= dict(_normalisation(dls), input_size=list(dls.one_batch()[0].shape[1:]), crop_pct=1.0)
@@ -47,6 +47,17 @@ def _table(df)->str:
     return df.astype(object).where(df.notna(), '').astype(str).to_markdown(index=False, disable_numparse=True)
 
 # %% ../nbs/05_hub.ipynb #3e88b5e5
+def _what_was_done(rec):
+    "Paragraphs on the settings and the results of the last fit, if there was one"
+    text = []
+    settings = {k:v for k,v in getattr(rec, 'settings', {}).items() if v is not None}
+    if settings: text += ['## Settings', _table(pd.DataFrame(settings.items(), columns=['setting','value']))]
+    if rec.rows:
+        h = rec.history.drop(columns=['train_seconds','seconds']).groupby('phase', sort=False).tail(1).round(4)
+        text += ['## The last epoch of each phase', _table(h)]
+    return text
+
+# %% ../nbs/05_hub.ipynb #d2039b6f
 @patch
 def model_card(self:MixRecorder)->str: # Markdown, with the header that the Hugging Face hub reads
     "What the last fit was, and its results"
@@ -54,16 +65,20 @@ def model_card(self:MixRecorder)->str: # Markdown, with the header that the Hugg
     name = m.pretrained_cfg.get('architecture', type(m).__name__)
     head = '---\nlibrary_name: timm\ntags:\n- image-classification\n- timm\n- mixfast\n---\n'
     text = [f'{head}# {name}, trained by mixfast', 'From scratch, self-supervised and supervised in one fit '
-            '([MixTraining](https://arxiv.org/abs/2502.19513)).']
-    settings = {k:v for k,v in getattr(self, 'settings', {}).items() if v is not None}
-    if settings: text += ['## Settings', _table(pd.DataFrame(settings.items(), columns=['setting','value']))]
-    if self.rows:
-        h = self.history.drop(columns=['train_seconds','seconds']).groupby('phase', sort=False).tail(1).round(4)
-        text += ['## The last epoch of each phase', _table(h)]
+            '([MixTraining](https://arxiv.org/abs/2502.19513)).', *_what_was_done(self)]
     use = "import timm\nmodel = timm.create_model('local-dir:FOLDER', pretrained=True)"
     return '\n\n'.join([*text, '## Use', f'```python\n{use}\n```']) + '\n'
 
 # %% ../nbs/05_hub.ipynb #47f674b3
+def _check_readable(m, folder, args):
+    "Raise `ValueError` unless timm builds model `m` from `folder`, where it was written with `args`"
+    try: again = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"timm cannot build this model from {args}: pass all its arguments as model_args") from e
+    if any(not torch.equal(v.cpu(), again[k]) for k,v in m.state_dict().items()):
+        raise ValueError("timm reads other weights than were written")
+
+# %% ../nbs/05_hub.ipynb #bc3849e2
 @patch
 def save_backbone(self:MixRecorder,
     path, # Folder for model.safetensors, config.json and README.md
@@ -76,10 +91,6 @@ def save_backbone(self:MixRecorder,
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path) as tmp:
         _write(m, tmp, args, self.learn.dls, self.model_card())
-        try: again = timm.create_model(f'local-dir:{tmp}', pretrained=True).state_dict()
-        except (RuntimeError, TypeError, ValueError) as e:
-            raise ValueError(f"timm cannot build this model from {args}: pass all its arguments as model_args") from e
-        if any(not torch.equal(v.cpu(), again[k]) for k,v in m.state_dict().items()):
-            raise ValueError("timm reads other weights than were written")
+        _check_readable(m, tmp, args)
         for f in Path(tmp).iterdir(): os.replace(f, path/f.name)
     return path

@@ -9,7 +9,6 @@ __all__ = ['mix_learner']
 
 # %% ../nbs/04_learner.ipynb #a8864a46
 import warnings
-from contextlib import contextmanager, ExitStack
 from functools import partial
 
 import timm, torch
@@ -17,23 +16,22 @@ from torch import nn
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
-from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import trainable_params
-from timm.utils import unwrap_model
 import fastai.callback.progress # fastai's progress bar
 
 from .callback.checkpoint import Checkpoint, _checkpointing
-from .callback.core import MixScheduler, ObjectiveStep, Phases, Seeds, _one_batch
+from .callback.core import MixScheduler, ObjectiveStep, Phases, Seeds
 from .callback.distributed import _distributed, _ranks
-from .callback.guard import FiniteGuard, _forget_inf
+from .callback.guard import FiniteGuard
+from .callback.owner import _explained, _mixing
 from .callback.recorder import MixRecorder
 from .callback.settings import _fit_settings
 from .data.mix import phase_dl
-from .model import MixModel, _forget, _pair_up, fused_adamw, mix_splitter, no_decay, plain_model
+from .model import _pair_up, fused_adamw, mix_splitter, no_decay
 from .objective.choose import set_up
 from .objective.core import Objective
 from .objective.features import body, find_layout
@@ -42,6 +40,14 @@ from .schedule import _check_sl_sched, get_recipe
 from .task.core import _dry_run
 
 # %% ../nbs/04_learner.ipynb #069695cf
+def _prepare(learn):
+    "Give `learn` parameter groups as a fit with phases needs them, and `learn.mix`"
+    learn.opt_func,pairs = _pair_up(learn.opt_func)
+    learn.splitter = partial(mix_splitter, base=learn.splitter, pairs=pairs, wd_bn_bias=learn.wd_bn_bias)
+    learn.opt = None
+    learn.add_cb(MixRecorder())
+
+# %% ../nbs/04_learner.ipynb #9cf4d1e4
 @patch
 def to_mix(self:Learner,
     objective=None, # A name, class or instance, see `get_objective`; default: `MAE` for token features, `AE` for maps
@@ -52,93 +58,10 @@ def to_mix(self:Learner,
     x = phase_dl(self.dls, 'ssl').one_batch()[0][:2].as_subclass(torch.Tensor)
     objective = set_up(objective, self.model, x)
     if getattr(self.opt, 'frozen_idx', 0): self.unfreeze()
-    if not again:
-        self.opt_func,pairs = _pair_up(self.opt_func)
-        self.splitter,self.opt = partial(mix_splitter, base=self.splitter, pairs=pairs, wd_bn_bias=self.wd_bn_bias),None
-        self.add_cb(MixRecorder())
-    self.mix.objective,self.mix.kind = objective,find_layout(self.model, x.to(next(self.model.parameters()).device)).kind
+    if not again: _prepare(self)
+    self.mix.kind = find_layout(self.model, x.to(next(self.model.parameters()).device)).kind
+    self.mix.objective = objective
     return self
-
-# %% ../nbs/04_learner.ipynb #9cf4d1e4
-def _with_plain_model(learn, f, *args, **kwargs):
-    "Call `f`, a method of the learner, while its model is the user's"
-    model,opt = learn.model,learn.opt
-    inside = {k: vars(learn).pop(k) for k in _in_a_fit if k in vars(learn)}
-    learn.model = plain_model(learn)
-    try: return f(*args, **kwargs)
-    finally:
-        learn.model,learn.opt = model,opt
-        vars(learn).update(inside)
-
-_in_a_fit = '_do_one_batch','_do_fit','all_batches','save','load','export' # what a fit puts in place of methods
-
-# %% ../nbs/04_learner.ipynb #cd33c661
-@contextmanager
-def _mixing(learn, seeds, cbs=None):
-    "`learn` as a fit with phases needs it; afterwards as it was, with what it has learned"
-    with ExitStack() as stack:
-        stack.callback(_restore, learn, _changed_in_a_fit(learn, cbs))
-        learn.model = MixModel(learn.model, learn.mix.objective)
-        learn._do_one_batch = partial(_one_batch, learn)
-        for k in ('save','load','export'): setattr(learn, k, partial(_with_plain_model, learn, getattr(learn, k)))
-        stack.callback(seeds.restore)
-        yield
-
-def _changed_in_a_fit(learn, cbs):
-    "Objects, attributes and values to put back; which devices have no autocast"
-    rec = learn.recorder
-    own = {learn: ('loss_func','logger'), rec: ('add_time','train_metrics','smooth_loss')}
-    old = [(o, k, getattr(o, k)) for o,ks in own.items() for k in ks]
-    old += [(cb, 'run', cb.run) for cb in learn.cbs+L(cbs) if isinstance(cb, Callback)]
-    return old, [d for d in ('cpu','cuda') if not torch.is_autocast_enabled(d)] # the fit may move the model
-
-# %% ../nbs/04_learner.ipynb #81ca7b84
-def _restore(learn, before):
-    "Put back what a fit has changed"
-    old,no_autocast = before
-    for o,k,v in old: vars(o)[k] = v # a callback's own setattr may warn
-    for k in _in_a_fit: vars(learn).pop(k, None)
-    if hasattr(learn, 'progress'): vars(learn.progress).pop('after_batch', None)
-    m = unwrap_model(learn.model)
-    m.zero_grad() # a step that was interrupted leaves its gradients
-    if isinstance(m, MixModel): learn.model,learn.mix.objective = m.backbone,m.objective
-    if learn.opt:
-        _forget_inf(learn.opt)
-        _forget(learn.opt, learn.mix.objective.parameters())
-    for d in no_autocast: _end_autocast(d)
-
-def _end_autocast(device):
-    "Leave the autocasts that an interrupted batch has entered"
-    if not torch.is_autocast_enabled(device): return
-    torch.set_autocast_enabled(device, False)
-    while torch.autocast_decrement_nesting()>0: pass
-    torch.clear_autocast_cache()
-
-# %% ../nbs/04_learner.ipynb #66c87664
-@contextmanager
-def _explained(learn, phases):
-    "Say where memory or the death of another process has ended a fit, and what to change"
-    try: yield
-    except ValueError as e:
-        if 'more than 1 value per channel' not in str(e): raise
-        raise ValueError("bs: a batch of one image is too small for the batch normalisation of this model: use more "
-                         f"images, or drop_last=True. ({e})") from e
-    except RuntimeError as e:
-        at = f"in epoch {learn.epoch}, in the {phases.now.name} phase" if phases.now else 'at the start'
-        for says,text in _misfortunes(learn, at):
-            if says(e): raise (torch.OutOfMemoryError if text.startswith('out of') else RuntimeError)(f'{text} ({e})') from e
-        raise
-
-def _misfortunes(learn, at):
-    "Pairs: a test of an error, and what to say of it"
-    yield (lambda e: isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e),
-        f"out of memory {at}, with batches of {learn.dls.bs} images. learn.mix.find_batch_size() says what fits; "
-        "learn.to_bf16() and learn.model.set_grad_checkpointing() need less.")
-    yield (lambda e: 'DataLoader worker (pid' in str(e),
-        f"a process that loads images died {at}, most often of memory: use fewer num_workers; with num_workers=0 "
-        "the error shows itself.")
-    yield (lambda e: _ranks(learn)[1]>1 and 'by peer' in str(e),
-        f"another process of this fit ended {at}: its own error says why.")
 
 # %% ../nbs/04_learner.ipynb #d3b86249
 def _check_data(dls, plan):
@@ -225,6 +148,7 @@ def fit_sl(self:Learner,
     "Supervised training alone: no SSL epochs"
     self.fit_mixtraining(0, e_sl, rho=0, **kwargs)
 
+# %% ../nbs/04_learner.ipynb #4e62c042
 @patch
 @delegates(Learner.fit_mixtraining, but='rho,alpha,alpha_sched')
 def fit_ssl(self:Learner,
@@ -235,32 +159,53 @@ def fit_ssl(self:Learner,
     self.fit_mixtraining(e_ssl, 0, rho=0, **kwargs)
 
 # %% ../nbs/04_learner.ipynb #4d8f3217
+def _check_arch(arch, kwargs):
+    "Raise `ValueError` or `TypeError` unless `arch`, a name or a model, goes with arguments for `timm.create_model`"
+    if not isinstance(arch, str):
+        extra = [k for k,v in kwargs.items() if v is not None and k!='num_classes']
+        if extra: raise TypeError(f"{extra} are for timm.create_model: pass the name of a model, or leave them out")
+        return
+    if not timm.is_model(arch):
+        raise ValueError(f"arch must be the name of a timm model (timm.list_models), got {arch!r}")
+    if isinstance(kwargs.get('patch_size'), bool):
+        raise TypeError(f"patch_size must be a whole number of pixels, got {kwargs['patch_size']}")
+
+# %% ../nbs/04_learner.ipynb #acbfff4b
+_any_size = 'vision_transformer','deit','eva' # timm's position embeddings follow the image there, if told to
+
+def _timm_args(arch, x, kwargs):
+    "Arguments for `timm.create_model`: what images like `x` ask for, and `kwargs`, which go first"
+    fixed = getattr(timm.get_pretrained_cfg(arch), 'fixed_input_size', False)
+    kwargs = {k:v for k,v in kwargs.items() if v is not None and (fixed or k!='img_size')}
+    size = dict(img_size=tuple(x.shape[-2:])) if fixed else {}
+    if timm.models.is_model_in_modules(arch, _any_size): size['dynamic_img_size'] = True
+    return {'in_chans':x.shape[1], **size, **kwargs}
+
+# %% ../nbs/04_learner.ipynb #cab2e3e8
 def _create_backbone(
     arch, # Name of a timm model, or a model
     x, # Images like those to come, float [B,C,H,W]
     **kwargs # For `timm.create_model`
 )->nn.Module:
     "The timm model `arch` for images like `x`. Raises `ValueError` or `TypeError` where there is none."
-    if not isinstance(arch, str):
-        extra = [k for k,v in kwargs.items() if v is not None and k!='num_classes']
-        if extra: raise TypeError(f"{extra} are for timm.create_model: pass the name of a model, or leave them out")
-        return arch
-    if not timm.is_model(arch):
-        raise ValueError(f"arch must be the name of a timm model (timm.list_models), got {arch!r}")
-    if isinstance(kwargs.get('patch_size'), bool):
-        raise TypeError(f"patch_size must be a whole number of pixels, got {kwargs['patch_size']}")
-    fixed = getattr(timm.get_pretrained_cfg(arch), 'fixed_input_size', False)
-    kwargs = {k:v for k,v in kwargs.items() if v is not None and (fixed or k!='img_size')}
-    size = dict(img_size=tuple(x.shape[-2:])) if fixed else {}
-    if timm.models.is_model_in_modules(arch, _any_size): size['dynamic_img_size'] = True
-    kwargs = {'in_chans':x.shape[1], **size, **kwargs}
+    _check_arch(arch, kwargs)
+    if not isinstance(arch, str): return arch
+    kwargs = _timm_args(arch, x, kwargs)
     try: return timm.create_model(arch, **kwargs)
     except Exception as e: raise ValueError(f"timm cannot build {arch} from {kwargs}: {e}") from e
 
-
-_any_size = 'vision_transformer','deit','eva' # timm's position embeddings follow the image there, if told to
-
 # %% ../nbs/04_learner.ipynb #49ae86fc
+def _accept_old_name(model):
+    "`learn.model.backbone`, as it was called before, is the model itself"
+    cls = type(model)
+    if isinstance(model, nn.Sequential) or 'backbone' in dir(model): return
+    def backbone(self):
+        "The model itself"
+        warnings.warn("learn.model.backbone is called learn.model now", FutureWarning, stacklevel=2)
+        return self
+    cls.backbone = property(backbone)
+
+# %% ../nbs/04_learner.ipynb #8f17a9cc
 def mix_learner(
     dls, # `MixDataLoaders` (see `mix_dls`), or fastai's `DataLoaders` of images
     arch, # Name of a timm model, or a model
@@ -289,22 +234,14 @@ def mix_learner(
     _accept_old_name(learn.model)
     return learn
 
-def _accept_old_name(model):
-    "`learn.model.backbone`, as it was called before, is the model itself"
-    cls = type(model)
-    if isinstance(model, nn.Sequential) or 'backbone' in dir(model): return
-    def backbone(self):
-        warnings.warn("learn.model.backbone is called learn.model now", FutureWarning, stacklevel=2)
-        return self
-    cls.backbone = property(backbone)
-
 # %% ../nbs/04_learner.ipynb #73e7f36a
 @patch
 def compile(self:Learner,
     **kwargs # For `torch.compile`: `mode`, `dynamic`, `backend`, ...
 )->Learner:
     "Compile the parts of a mix learner in place; the first epoch pays for it. Raises `TypeError` for other learners."
-    if 'mix' not in vars(self): raise TypeError("compile() is for a mix learner, with its objective: call learn.to_mix() first")
+    if 'mix' not in vars(self):
+        raise TypeError("compile() is for a mix learner, with its objective: call learn.to_mix() first")
     for o in (*body(self.model).children(), *self.mix.objective.children()):
         for part in o if isinstance(o, nn.ModuleList) else [o]:
             if next(part.parameters(), None) is not None: part.compile(**kwargs)

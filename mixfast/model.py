@@ -40,8 +40,11 @@ class MixModel(nn.Module):
         super().__init__()
         self.backbone,self.objective = backbone,objective
 
-    def forward(self, x, phase=None):
-        "The plain prediction for images `x`, float [B,C,H,W]; in a `phase` ('ssl', 'mix' or 'sl') a `MixOutput`"
+    def forward(self,
+        x, # Images, float [B,C,H,W]; for an objective with several `views` a tuple of them
+        phase=None, # 'ssl', 'mix' or 'sl'; None: be the user's model
+    ): # `MixOutput`; without a phase the plain prediction
+        "What a step of `phase` needs, in one pass of the backbone"
         if phase in (None,'sl'):
             pred = self.backbone(x if isinstance(x, Tensor) else x[0])
             return pred if phase is None else MixOutput(pred, {})
@@ -101,22 +104,30 @@ def mix_splitter(
     return [[p for p in g if (p in nd)==b] for g in groups for b in (False, True)]
 
 # %% ../nbs/03_model.ipynb #51783c0f
+def _by_pair(k, v, n):
+    "The values `v` of hyperparameter `k` for `n` pairs of groups; decay is for the first of each pair alone"
+    if isinstance(v, slice): v = even_mults(v.start, v.stop, n) if v.start else [v.stop/10]*(n-1) + [v.stop]
+    v = L(v, use_list=None)
+    if len(v)==1: v = v*n
+    return [o for v_ in v for o in (v_, 0. if k=='wd' else v_)] if len(v)==n else v
+
+# %% ../nbs/03_model.ipynb #97a4a5dc
 class MixOptim(OptimWrapper):
     "An `OptimWrapper` whose groups come in pairs (see `mix_splitter`): weight decay is for the first of each"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.set_hyper('wd', self.hypers[0]['wd'])
 
-    def set_hyper(self, k, v):
+    def set_hyper(self,
+        k, # 'lr', 'wd', 'mom', ...
+        v, # A value, a list of them, or a slice, as fastai's optimizers take it
+    ):
         "Set `k` for each group, each pair or all, as fastai does; decay for the first of each pair alone"
-        n = len(self.param_lists)//2
-        if isinstance(v, slice): v = even_mults(v.start, v.stop, n) if v.start else [v.stop/10]*(n-1) + [v.stop]
-        v = L(v, use_list=None)
-        if len(v)==1: v = v*n
-        if len(v)==n: v = [o for v_ in v for o in (v_, 0. if k=='wd' else v_)]
-        super().set_hyper(k, v)
+        super().set_hyper(k, _by_pair(k, v, len(self.param_lists)//2))
 
-    def freeze_to(self, n):
+    def freeze_to(self,
+        n:int, # Number of a pair; from the end, if negative
+    ):
         "Freeze the pairs before the `n`-th"
         super().freeze_to(2*n)
 

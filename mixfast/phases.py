@@ -36,8 +36,6 @@ def mix_epochs(
     return math.floor(round(rho*min(e_ssl, e_sl), 9))
 
 # %% ../nbs/01_phases.ipynb #04c87f8e
-phase_colors = dict(ssl='#9ecae1', mix='#a1d99b', sl='#fdae6b')
-
 @dataclass(frozen=True)
 class Phase:
     "Epochs `start` to `stop` (excluded) of a fit, which optimise the losses that `name` says"
@@ -45,12 +43,25 @@ class Phase:
     start:int # First epoch
     stop:int  # One past the last epoch
 
-    def __len__(self): return self.stop-self.start
-    def __contains__(self, epoch): return self.start <= epoch < self.stop
-    @property
-    def ssl(self)->bool: return self.name in ('ssl','mix')
-    @property
-    def sl(self)->bool: return self.name in ('mix','sl')
+    def __len__(self):
+        "Epochs"
+        return self.stop-self.start
+    def __contains__(self, epoch):
+        "Does `epoch` of the fit belong to it?"
+        return self.start <= epoch < self.stop
+
+# %% ../nbs/01_phases.ipynb #2c5d963a
+phase_colors = dict(ssl='#9ecae1', mix='#a1d99b', sl='#fdae6b')
+
+@patch(as_prop=True)
+def ssl(self:Phase)->bool:
+    "Is the self-supervised head trained?"
+    return self.name in ('ssl','mix')
+
+@patch(as_prop=True)
+def sl(self:Phase)->bool:
+    "Is the classifier trained?"
+    return self.name in ('mix','sl')
 
 # %% ../nbs/01_phases.ipynb #f61b78c2
 @dataclass(frozen=True)
@@ -61,16 +72,28 @@ class MixPlan:
     rho:float=0. # Mix-ratio in [0,1]; 0 is the two-step pipeline, SSL then SL
 
     def __post_init__(self):
+        "Look at the three numbers"
         self.e_mix # raises on bad input
         if self.e_ssl+self.e_sl==0: raise ValueError("e_ssl and e_sl are both 0: there is nothing to train")
+    def __repr__(self):
+        "Such as '2 ssl | 2 mix | 2 sl'"
+        return ' | '.join(f'{len(p)} {p.name}' for p in self.phases)
 
-    @property
-    def e_mix(self)->int: return mix_epochs(self.e_ssl, self.e_sl, self.rho)
-    @property
-    def n_epoch(self)->int: return self.e_ssl+self.e_sl-self.e_mix
-    @property
-    def sl_start(self)->int: return self.e_ssl-self.e_mix # first epoch that trains the classifier
-    def __repr__(self): return ' | '.join(f'{len(p)} {p.name}' for p in self.phases)
+# %% ../nbs/01_phases.ipynb #a646afd7
+@patch(as_prop=True)
+def e_mix(self:MixPlan)->int:
+    "Epochs that are merged, Eq. 1"
+    return mix_epochs(self.e_ssl, self.e_sl, self.rho)
+
+@patch(as_prop=True)
+def n_epoch(self:MixPlan)->int:
+    "Epochs of the fit"
+    return self.e_ssl+self.e_sl-self.e_mix
+
+@patch(as_prop=True)
+def sl_start(self:MixPlan)->int:
+    "First epoch that trains the classifier"
+    return self.e_ssl-self.e_mix
 
 # %% ../nbs/01_phases.ipynb #6c88601e
 @patch(as_prop=True)
@@ -79,6 +102,7 @@ def phases(self:MixPlan)->list:
     ends = [0, self.sl_start, self.e_ssl, self.n_epoch]
     return [Phase(n,a,b) for n,a,b in zip(('ssl','mix','sl'), ends, ends[1:]) if b>a]
 
+# %% ../nbs/01_phases.ipynb #25d30340
 @patch
 def __getitem__(self:MixPlan, epoch:int)->Phase:
     "The `Phase` that `epoch` belongs to"

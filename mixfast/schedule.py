@@ -34,6 +34,7 @@ def _check_alpha(alpha, sched):
     if sched is not None and sched not in alpha_scheds:
         raise ValueError(f"alpha_sched must be None or one of {list(alpha_scheds)}, got {sched!r}")
 
+# %% ../nbs/02_schedule.ipynb #004547b7
 def alpha_at(
     i:int, # Step of the mix phase, from 0
     n:int, # Steps of the mix phase
@@ -54,6 +55,7 @@ class Hypers:
     wd:float=0.05            # Decoupled weight decay
 
     def __post_init__(self):
+        "Raise `ValueError` on values out of range"
         if not isinstance(self.betas, (tuple,list)) or len(self.betas)!=2:
             raise ValueError(f"betas must be two numbers in [0,1], got {self.betas!r}")
         _check_unit(warmup=self.warmup, **{f'betas[{i}]':b for i,b in enumerate(self.betas)})
@@ -69,6 +71,7 @@ def _check_sl_sched(sl_sched):
     "Raise unless `sl_sched` is one of `sl_scheds`"
     if sl_sched not in sl_scheds: raise ValueError(f"sl_sched must be one of {sl_scheds}, got {sl_sched!r}")
 
+# %% ../nbs/02_schedule.ipynb #fa81c884
 def _span(
     plan:MixPlan, # The phases
     epoch:int, # Epoch of the fit
@@ -108,6 +111,7 @@ recipes = dict(
     resnet18 = Recipe(Hypers(1e-4,   warmup=0.2), Hypers(1e-3, warmup=0.05)),
     vit_t_tinyimagenet = Recipe(Hypers(1e-3, warmup=0.2, wd=0.15), Hypers(2e-3, warmup=0.05, betas=(0.9,0.999))))
 
+# %% ../nbs/02_schedule.ipynb #369c9949
 def get_recipe(
     recipe, # A name in `recipes`, or a `Recipe`
 )->Recipe:

@@ -1,7 +1,7 @@
 "A loss that is not finite: the weights survive, the error says where, nothing bad is saved"
 from functools import partial
 import pytest, torch
-from fastai.vision.all import Callback, GradientAccumulation, OptimWrapper
+from fastai.vision.all import Adam, Callback, GradientAccumulation, OptimWrapper
 from mixfast.all import MixModel
 from mixfast.callback.files import _read_index as read_index
 from conftest import HOT, same, state
@@ -29,6 +29,12 @@ def test_stop(make, tmp_path, epoch, phase, kwargs):
     before = state(learn.model)
     learn.fit(1, 1e-2) # the optimizer acts again
     assert not same(state(learn.model), before) and all(v.isfinite().all() for v in state(learn.model).values())
+
+@pytest.mark.parametrize('kwargs', [{}, dict(opt_func=SGD), dict(opt_func=Adam)])
+def test_the_very_first_step(make, kwargs):
+    "Before any rate was recorded"
+    with pytest.raises(FloatingPointError, match='not finite at step 0 of the fit, in epoch 0, in the ssl phase, at a learning rate of 1.25e-04'):
+        make(**kwargs).fit_mixtraining(2, 2, recipe=HOT, cbs=Poison(0, 0))
 
 @pytest.mark.parametrize('kwargs', [{}, dict(opt_func=SGD)])
 def test_skip(make, kwargs):

@@ -1,12 +1,14 @@
 "The repository tells one story: notebooks run, and module, README, pages and settings agree with them"
-import json, os, re, shutil, subprocess, sys
+import importlib, inspect, json, os, pkgutil, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
 import pytest
 from nbdev.config import get_config
-import mixfast
+from fastcore.docments import docments
+from fastai.learner import Learner
+import mixfast.all
 
 root = Path(__file__).resolve().parents[1]
 nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not re.search(r'/[_.]', p.relative_to(root).as_posix()))
@@ -52,6 +54,35 @@ def test_module_is_what_the_notebooks_export(tmp_path):
     run('nbdev-export', cwd=tmp_path)
     src,exp = ({p.relative_to(d): p.read_text(encoding='utf-8') for p in (d/'mixfast').rglob('*.py')} for d in (root, tmp_path))
     assert src == exp, 'run nbdev-export'
+
+def public():
+    "Functions, classes and methods that users may call, and what is patched into fastai's learner"
+    found = [('Learner', Learner)]
+    for info in pkgutil.walk_packages(mixfast.__path__, 'mixfast.'):
+        names = getattr(importlib.import_module(info.name), '__all__', ())
+        found += [(n,o) for n,o in ((n, getattr(sys.modules[info.name], n)) for n in names) if getattr(o, '__module__', '')==info.name]
+    for name,o in found:
+        if o is not Learner: yield name, o
+        for k,f in vars(o).items() if inspect.isclass(o) else ():
+            f = f.fget if isinstance(f, property) else getattr(f, '__func__', f)
+            inherits = any(hasattr(b, k) for b in o.__mro__[1:])
+            if inspect.isfunction(f) and f.__module__.startswith('mixfast') and not k.startswith('_') and not inherits: yield f'{name}.{k}', f
+
+def uncommented(o):
+    "Parameters of a function or constructor without a comment"
+    f = o.__init__ if inspect.isclass(o) else o
+    if inspect.isclass(o) and ('__init__' not in vars(o) or hasattr(o, '__dataclass_fields__')): return []
+    ps = [p for p in inspect.signature(f).parameters.values() if p.name not in ('self','state') and p.kind not in (p.VAR_POSITIONAL,p.VAR_KEYWORD)]
+    d = docments(f)
+    return [p.name for p in ps if not d.get(p.name)]
+
+def test_everything_public_is_documented():
+    "A docstring each, and a comment for each parameter; names are those of `from mixfast.all import *`"
+    bare = [name for name,o in public() if not (o.__doc__ or '').strip()]
+    assert not bare, bare
+    bare = {name: ps for name,o in public() if (ps := uncommented(o))}
+    assert not bare, bare
+    for n in mixfast.all.__all__: assert not n.startswith('_')
 
 def test_readme_is_what_index_says(): run(sys.executable, 'tools/readme.py', '--check')
 

@@ -27,7 +27,9 @@ from .settings import _first_difference, _plain
 from ..data.loader import SeededDL
 
 # %% ../../nbs/callback/06_checkpoint.ipynb #134c956e
-def _offers_state(cb): return all(hasattr(type(cb), o) for o in ('state_dict','load_state_dict'))
+def _offers_state(cb):
+    "Whether a callback can be saved and resumed by itself"
+    return all(hasattr(type(cb), o) for o in ('state_dict','load_state_dict'))
 
 def _state_of(cb)->dict:
     "The state of a callback: its own, or what fastai's trackers and gradient accumulation count"
@@ -81,7 +83,33 @@ class Checkpoint(Callback):
         self.folder,self.every,self.every_steps = Path(folder).expanduser(),every,every_steps
         self.state,self.stop = None,False
 
-# %% ../../nbs/callback/06_checkpoint.ipynb #a81fcb42
+# %% ../../nbs/callback/06_checkpoint.ipynb #865f21fa
+@patch
+def save(self:Checkpoint,
+    epoch:int, # The epoch to go on with
+    i:int, # And its step
+):
+    "Save the fit as it is now. Raises `FloatingPointError` if it is not finite, `OSError` if there is no room."
+    self.finite_guard.check_finite()
+    bad = [k for k,v in unwrap_model(self.model).state_dict().items()
+           if v.is_floating_point() and not v.isfinite().all()]
+    if bad: raise FloatingPointError(f"weights are not finite: {bad[0]}. The last checkpoint in {self.folder} is "
+                                     "from before")
+    state = dict(epoch=epoch, iter=i, settings=self.settings, **_fit_state(self.learn))
+    def write():
+        try: _save_state(self.folder, _plain(state))
+        except OSError as e: raise OSError(f"no checkpoint could be written: {e}. The one before is still there") from e
+    _once(self.learn, write)
+
+# %% ../../nbs/callback/06_checkpoint.ipynb #fbad8aa3
+@patch
+def _whole_again(self:Checkpoint):
+    "Epochs begin with their first batch again"
+    self.state = None
+    vars(self.learn).pop('all_batches', None)
+    if isinstance(self.dls.train, SeededDL): self.dls.train.start_batch = 0 # others are derived from it anew
+
+# %% ../../nbs/callback/06_checkpoint.ipynb #60c4d945
 @patch
 def after_batch(self:Checkpoint):
     "Within an epoch, where loaders can go on from there: every so many steps, or when asked to stop"
@@ -96,23 +124,6 @@ def after_epoch(self:Checkpoint):
     self._whole_again() # also after one that was cancelled
     if self.stop or (self.epoch+1)%self.every==0 or self.epoch+1==self.n_epoch: self.save(self.epoch+1, 0)
     if self.stop: raise KeyboardInterrupt
-
-# %% ../../nbs/callback/06_checkpoint.ipynb #865f21fa
-@patch
-def save(self:Checkpoint,
-    epoch:int, # The epoch to go on with
-    i:int, # And its step
-):
-    "Save the fit as it is now. Raises `FloatingPointError` if it is not finite, `OSError` if there is no room."
-    self.finite_guard.check_finite()
-    bad = [k for k,v in unwrap_model(self.model).state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
-    if bad: raise FloatingPointError(f"weights are not finite: {bad[0]}. The last checkpoint in {self.folder} is "
-                                     "from before")
-    state = dict(epoch=epoch, iter=i, settings=self.settings, **_fit_state(self.learn))
-    def write():
-        try: _save_state(self.folder, _plain(state))
-        except OSError as e: raise OSError(f"no checkpoint could be written: {e}. The one before is still there") from e
-    _once(self.learn, write)
 
 # %% ../../nbs/callback/06_checkpoint.ipynb #a2061226
 def _epochs_from(learn, cb, state):
@@ -129,7 +140,7 @@ def _batches_from(learn, i):
     learn.n_iter = len(learn.dl)
     for o in enumerate(learn.dl, i): learn.one_batch(*o)
 
-# %% ../../nbs/callback/06_checkpoint.ipynb #fc8c359d
+# %% ../../nbs/callback/06_checkpoint.ipynb #b8524678
 @patch
 def before_epoch(self:Checkpoint):
     "If this is the rest of an epoch, its batches are not all of them"
@@ -147,30 +158,7 @@ def after_train(self:Checkpoint):
     "From here on epochs are whole"
     self._whole_again()
 
-@patch
-def _whole_again(self:Checkpoint):
-    self.state = None
-    vars(self.learn).pop('all_batches', None)
-    if isinstance(self.dls.train, SeededDL): self.dls.train.start_batch = 0 # others are derived from it anew
-
-# %% ../../nbs/callback/06_checkpoint.ipynb #b50d6f57
-@patch
-def _begin(self:Checkpoint, learn, resume):
-    "The state to go on from, None if there is none; and proof that there is room. Raises `ValueError` or `OSError`."
-    if not resume and _read_index(self.folder):
-        raise ValueError(f"{self.folder} has checkpoints of another fit: pass resume=True to go on with it, or "
-                         "another folder")
-    self._check_steps(learn)
-    mine = [f for f in self.folder.iterdir() if _TMP.fullmatch(f.name) or _OURS.fullmatch(f.name)]
-    have = sum(f.stat().st_size for f in mine if f.suffix=='.pt')
-    for f in mine:
-        if f.suffix=='.tmp': f.unlink() # of a process that was killed
-    n = sum(o.nbytes for o in learn.model.state_dict().values())
-    _check_room(self.folder, max(3*(4*n+2**20)-have, 2**20)) # weights, gradients, two moments; what the recorders hold
-    state = _load_state(self.folder) if resume else None
-    if state: self._check_same(learn, state)
-    return state
-
+# %% ../../nbs/callback/06_checkpoint.ipynb #3326fad4
 @patch
 def _check_steps(self:Checkpoint, learn):
     "Raise `ValueError` where a fit cannot go on within an epoch"
@@ -192,10 +180,29 @@ def _check_same(self:Checkpoint, learn, state):
     diff = diff or _first_difference(shapes(state['model']), shapes(learn.model.state_dict()))
     if diff: raise ValueError("cannot resume from {}: {} was {!r}, and is {!r}".format(self.folder, *diff))
 
+# %% ../../nbs/callback/06_checkpoint.ipynb #b50d6f57
+@patch
+def _begin(self:Checkpoint, learn, resume):
+    "The state to go on from, None if there is none; and proof that there is room. Raises `ValueError` or `OSError`."
+    if not resume and _read_index(self.folder):
+        raise ValueError(f"{self.folder} has checkpoints of another fit: pass resume=True to go on with it, or "
+                         "another folder")
+    self._check_steps(learn)
+    mine = [f for f in self.folder.iterdir() if _TMP.fullmatch(f.name) or _OURS.fullmatch(f.name)]
+    have = sum(f.stat().st_size for f in mine if f.suffix=='.pt')
+    for f in mine:
+        if f.suffix=='.tmp': f.unlink() # of a process that was killed
+    n = sum(o.nbytes for o in learn.model.state_dict().values())
+    _check_room(self.folder, max(3*(4*n+2**20)-have, 2**20)) # weights, gradients, two moments; what the recorders hold
+    state = _load_state(self.folder) if resume else None
+    if state: self._check_same(learn, state)
+    return state
+
 # %% ../../nbs/callback/06_checkpoint.ipynb #324f922a
 @patch
 @contextmanager
 def _locked(self:Checkpoint, learn):
+    "In this context nobody else writes to the folder. Raises `ValueError` if somebody does."
     lock = FileLock(self.folder/'.lock', timeout=0)
     def take():
         _check_room(self.folder, 1)

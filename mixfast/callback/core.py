@@ -35,7 +35,8 @@ def _one_batch(learn):
     learn.pred = out.pred
     learn('after_pred')
     if len(learn.yb):
-        learn.loss_grad,learn.losses = phase_loss(out._replace(pred=learn.pred), learn.yb, learn.loss_func, phase, ph.alpha)
+        learn.loss_grad,learn.losses = phase_loss(out._replace(pred=learn.pred), learn.yb, learn.loss_func, phase,
+                                                  ph.alpha)
         learn.loss = learn.loss_grad.clone()
     learn('after_loss')
     if learn.training and len(learn.yb): learn._do_grad_opt()
@@ -53,13 +54,6 @@ class Phases(Callback):
         _check_alpha(alpha, alpha_sched)
         self.plan,self.mix_alpha,self.alpha_sched,self.carry_opt,self.now = plan,alpha,alpha_sched,carry_opt,None
 
-    def before_fit(self):
-        "Note who is awake: a callback that the user put to sleep stays asleep"
-        self.now,self.awake = None,[cb for cb in self.cbs if cb.run]
-    def before_epoch(self):
-        "Enter the next phase, if it begins"
-        if self.plan[self.epoch]!=self.now: self._enter(self.plan[self.epoch])
-
 # %% ../../nbs/callback/01_core.ipynb #bfdb8ddb
 @patch(as_prop=True)
 def alpha(self:Phases)->float:
@@ -68,7 +62,7 @@ def alpha(self:Phases)->float:
     i = (self.epoch-self.now.start)*self.n_iter + self.iter
     return alpha_at(i, len(self.now)*self.n_iter, self.mix_alpha, self.alpha_sched)
 
-# %% ../../nbs/callback/01_core.ipynb #36ba70e9
+# %% ../../nbs/callback/01_core.ipynb #a6349c6e
 @patch
 def before_train(self:Phases):
     "The loader of the phase"
@@ -80,8 +74,11 @@ def before_validate(self:Phases):
     if self.now.name=='ssl' and self._views()>1: self.learn.dl = valid_dl(self.dls, self._views())
 
 @patch
-def _views(self:Phases): return unwrap_model(self.model).objective.views if self.now.ssl else 1
+def _views(self:Phases):
+    "Views of an image in a batch of this phase"
+    return unwrap_model(self.model).objective.views if self.now.ssl else 1
 
+# %% ../../nbs/callback/01_core.ipynb #36ba70e9
 @patch
 def before_batch(self:Phases):
     "A target for what has none"
@@ -110,6 +107,17 @@ def _tell(self:Phases, cb):
         cb.run = self.now.sl or self.plan.e_sl==0 or bool(getattr(cb, 'every_epoch', False))
         if cb.monitor=='train_loss': cb.best = math.inf if cb.comp(0,1) else -math.inf
 
+# %% ../../nbs/callback/01_core.ipynb #036c1444
+@patch
+def before_fit(self:Phases):
+    "Note who is awake: a callback that the user put to sleep stays asleep"
+    self.now,self.awake = None,[cb for cb in self.cbs if cb.run]
+
+@patch
+def before_epoch(self:Phases):
+    "Enter the next phase, if it begins"
+    if self.plan[self.epoch]!=self.now: self._enter(self.plan[self.epoch])
+
 # %% ../../nbs/callback/01_core.ipynb #42757bbf
 @patch
 def state_dict(self:Phases)->dict:
@@ -122,6 +130,12 @@ def load_state_dict(self:Phases, state):
     self._enter(self.plan[state['epoch']])
 
 # %% ../../nbs/callback/01_core.ipynb #6e05e3e9
+def _place_seed(seed, epoch, training, i, rank=0)->int:
+    "A number from a place in a fit"
+    key = seed, epoch, training, i, *[rank]*(rank>0)
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+# %% ../../nbs/callback/01_core.ipynb #321af26d
 class Seeds(Callback):
     "Seed Python, NumPy and torch by the fit's seed, the epoch and the step"
     order = -4 # when `Phases` has chosen the loader
@@ -130,27 +144,13 @@ class Seeds(Callback):
         "Draw the seed of the fit, the same in all processes"
         self.rank,self.seed = _ranks(self.learn)[0],_once(self.learn, lambda: _check_seed(None))
         self.states = random.getstate(),np.random.get_state(),torch.get_rng_state()
+
     def restore(self):
         "Let the generators go on from where they were when the fit began"
         if self.states is None: return
         random.setstate(self.states[0]); np.random.set_state(self.states[1]); torch.set_rng_state(self.states[2])
-    def before_train(self):
-        "Seed what shuffles the epoch"
-        self._seed(0)
-    def before_validate(self):
-        "Likewise"
-        self._seed(0)
-    def before_batch(self):
-        "Seed what is random in a step"
-        self._seed(self.iter+1)
-    def state_dict(self)->dict:
-        "What a checkpoint needs: the seed of the fit"
-        return dict(seed=self.seed)
-    def load_state_dict(self, state):
-        "Take over the seed of an earlier process"
-        self.seed = state['seed']
 
-# %% ../../nbs/callback/01_core.ipynb #73e896a9
+# %% ../../nbs/callback/01_core.ipynb #0ec485a4
 @patch
 def _seed(self:Seeds, i):
     "Seed all generators for place `i` of the epoch: 0 is before the first step"
@@ -160,10 +160,32 @@ def _seed(self:Seeds, i):
     dl = getattr(self.learn.dl, 'dl', self.learn.dl) # what fastai's `DistributedDL` wraps
     if i==0 and not isinstance(dl, SeededDL): dl.rng.seed(s)
 
-def _place_seed(seed, epoch, training, i, rank=0)->int:
-    "A number from a place in a fit"
-    key = seed, epoch, training, i, *[rank]*(rank>0)
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+# %% ../../nbs/callback/01_core.ipynb #e96d9c33
+@patch
+def before_train(self:Seeds):
+    "Seed what shuffles the epoch"
+    self._seed(0)
+
+@patch
+def before_validate(self:Seeds):
+    "Likewise"
+    self._seed(0)
+
+@patch
+def before_batch(self:Seeds):
+    "Seed what is random in a step"
+    self._seed(self.iter+1)
+
+# %% ../../nbs/callback/01_core.ipynb #d9239d1c
+@patch
+def state_dict(self:Seeds)->dict:
+    "What a checkpoint needs: the seed of the fit"
+    return dict(seed=self.seed)
+
+@patch
+def load_state_dict(self:Seeds, state):
+    "Take over the seed of an earlier process"
+    self.seed = state['seed']
 
 # %% ../../nbs/callback/01_core.ipynb #d10b8d53
 class MixScheduler(Callback):
@@ -178,13 +200,17 @@ class MixScheduler(Callback):
         _check_sl_sched(sl_sched)
         self.plan,self.ssl,self.sl,self.sl_sched = plan,ssl,sl,sl_sched
 
-    def before_fit(self):
-        "Find out what the optimizer has"
-        self.world_size = _ranks(self.learn)[1]
-        self.hps = {k:[] for k in ('lr','mom','sqr_mom','wd') if k in self.opt.hypers[0]}
-    def after_fit(self):
-        "Let fastai's recorder draw it"
-        if hasattr(self, 'hps'): self.recorder.hps = self.hps
+# %% ../../nbs/callback/01_core.ipynb #05803b11
+@patch
+def before_fit(self:MixScheduler):
+    "Find out what the optimizer has"
+    self.world_size = _ranks(self.learn)[1]
+    self.hps = {k:[] for k in ('lr','mom','sqr_mom','wd') if k in self.opt.hypers[0]}
+
+@patch
+def after_fit(self:MixScheduler):
+    "Let fastai's recorder draw it"
+    if hasattr(self, 'hps'): self.recorder.hps = self.hps
 
 # %% ../../nbs/callback/01_core.ipynb #6e93256b
 @patch
@@ -196,6 +222,7 @@ def before_batch(self:MixScheduler):
         if not vs or vs[-1]!=h[k] or self.iter==0: self.opt.set_hyper(k, h[k])
         vs.append(h[k])
 
+# %% ../../nbs/callback/01_core.ipynb #fbb5e6f9
 @patch
 def state_dict(self:MixScheduler)->dict:
     "What a checkpoint needs: the values so far"
@@ -216,10 +243,13 @@ class ObjectiveStep(Callback):
     def after_cancel_step(self):
         "Somebody has"
         self.taken = False
-    def after_step(self):
-        "Move what moves by steps"
-        guard = getattr(self.learn, 'finite_guard', None)
-        if not self.taken or not self.phases.now.ssl or guard and guard.blocked: return
-        m,plan = unwrap_model(self.model),self.phases.plan
-        t = (self.epoch + self.iter/self.n_iter)/plan.e_ssl # SSL and mix epochs come first, and are all of the objective's
-        with torch.no_grad(): m.objective.after_step(m.backbone, t)
+
+# %% ../../nbs/callback/01_core.ipynb #18b02ced
+@patch
+def after_step(self:ObjectiveStep):
+    "Move what moves by steps"
+    guard = getattr(self.learn, 'finite_guard', None)
+    if not self.taken or not self.phases.now.ssl or guard and guard.blocked: return
+    m,plan = unwrap_model(self.model),self.phases.plan
+    t = (self.epoch + self.iter/self.n_iter)/plan.e_ssl # SSL and mix epochs come first, and are the objective's
+    with torch.no_grad(): m.objective.after_step(m.backbone, t)

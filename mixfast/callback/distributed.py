@@ -55,6 +55,7 @@ def _everyones(learn, o):
     if len(res)>1: dist.all_gather_object(res, o)
     return res
 
+# %% ../../nbs/callback/00_distributed.ipynb #0fbf9aba
 def _summed(t):
     "The sum of a tensor over all processes, a new tensor"
     t = t.detach().clone()
@@ -71,7 +72,7 @@ class MeanLoss(Callback):
         self.learn.loss_grad = self.learn.loss_grad*w
         self.learn.loss = _summed(self.learn.loss.detach().as_subclass(torch.Tensor)*w)/num_distrib()
 
-# %% ../../nbs/callback/00_distributed.ipynb #2bec66ba
+# %% ../../nbs/callback/00_distributed.ipynb #c550b032
 def _allow(trainer):
     "Make the `DistributedTrainer` fit for phases. Raises `ValueError` where it cannot be."
     from accelerate import DistributedDataParallelKwargs
@@ -85,6 +86,7 @@ def _allow(trainer):
     acc.ddp_handler = acc.ddp_handler or DistributedDataParallelKwargs()
     acc.ddp_handler.find_unused_parameters = True
 
+# %% ../../nbs/callback/00_distributed.ipynb #e96d8e80
 @contextmanager
 def _synced_norms(model, yes):
     "Batch normalisation over all processes, by timm: torch's conversion would lose the activations in its layers"
@@ -94,6 +96,7 @@ def _synced_norms(model, yes):
     finally:
         for m,n,o in norms: setattr(m, n, o) # its parameters and statistics are the same tensors
 
+# %% ../../nbs/callback/00_distributed.ipynb #b2162db6
 def _dealt(dl, device):
     "A loader that deals out what fastai's `dl` would give; a `SeededDL` does so by itself"
     if isinstance(dl, SeededDL): return dl

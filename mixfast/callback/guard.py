@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.training import GradientAccumulation
+from torch.nn.utils import get_total_norm
 
 # %% ../../nbs/callback/02_guard.ipynb #f28dba85
 class FiniteGuard(Callback):
@@ -25,20 +26,23 @@ class FiniteGuard(Callback):
         if on_nan not in ('stop','skip'): raise ValueError(f"on_nan must be 'stop' or 'skip', got {on_nan!r}")
         self.on_nan,self.skipped = on_nan,0
 
-    def before_fit(self):
-        "Nothing bad so far. Raises `ValueError` where a step cannot be skipped."
-        if self.on_nan=='skip' and any(isinstance(cb, GradientAccumulation) for cb in self.cbs):
-            raise ValueError("on_nan='skip' cannot take a batch out of gradients that are gathered: use 'stop'")
-        self.n_bad = torch.zeros((), dtype=torch.int64, device=next(self.model.parameters()).device)
-        self.first_bad,self.good,self.skipped,self.blocked = self.n_bad-1,{},0,False
-
 # %% ../../nbs/callback/02_guard.ipynb #78cd4d0f
+@patch
+def before_fit(self:FiniteGuard):
+    "Nothing bad so far. Raises `ValueError` where a step cannot be skipped."
+    if self.on_nan=='skip' and any(isinstance(cb, GradientAccumulation) for cb in self.cbs):
+        raise ValueError("on_nan='skip' cannot take a batch out of gradients that are gathered: use 'stop'")
+    self.n_bad = torch.zeros((), dtype=torch.int64, device=next(self.model.parameters()).device)
+    self.first_bad,self.good,self.skipped,self.blocked = self.n_bad-1,{},0,False
+
+# %% ../../nbs/callback/02_guard.ipynb #cd12f85d
 @patch
 def before_batch(self:FiniteGuard):
     "Keep what a forward pass changes"
     if self.on_nan=='skip' and self.training:
         self.before = [(b, b.clone()) for b in self.model.buffers() if b.is_floating_point()]
 
+# %% ../../nbs/callback/02_guard.ipynb #d9d460c4
 @patch
 def after_loss(self:FiniteGuard):
     "Note whether the loss is finite"
@@ -49,20 +53,6 @@ def after_loss(self:FiniteGuard):
     self.good = {k: torch.where(bad, self.good.get(k, torch.zeros_like(v)), v.detach()) for k,v in now.items()}
     self.learn.loss = self.good['train_loss']
     if hasattr(self.learn, 'losses'): self.learn.losses = {k: self.good[k] for k in self.learn.losses}
-
-# %% ../../nbs/callback/02_guard.ipynb #42cc117e
-@patch
-def after_backward(self:FiniteGuard):
-    "Block the optimizer after a bad loss or bad gradients"
-    bad,scaled = self.now_bad,getattr(getattr(self.learn, 'scaler', None), 'is_enabled', bool)()
-    if not scaled:
-        norms = torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        bad = bad | ~torch.isfinite(torch.stack(norms).sum())
-    self.first_bad = torch.where(bad & (self.n_bad==0), len(self.recorder.lrs), self.first_bad)
-    self.n_bad = self.n_bad+bad
-    self._block(bad if self.on_nan=='skip' else self.n_bad>0, scaled)
-    if self.on_nan=='skip':
-        for b,old in self.before: b.copy_(torch.where(bad, old, b))
 
 # %% ../../nbs/callback/02_guard.ipynb #da9943f3
 @patch
@@ -82,7 +72,32 @@ def _forget_inf(opt):
     "Let a fused optimizer act again"
     if hasattr(getattr(opt, 'opt', None), 'found_inf'): del opt.opt.found_inf
 
-# %% ../../nbs/callback/02_guard.ipynb #0b36b588
+# %% ../../nbs/callback/02_guard.ipynb #42cc117e
+@patch
+def after_backward(self:FiniteGuard):
+    "Block the optimizer after a bad loss or bad gradients"
+    bad,scaled = self.now_bad,getattr(getattr(self.learn, 'scaler', None), 'is_enabled', bool)()
+    if not scaled:
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        bad = bad | ~torch.isfinite(get_total_norm(grads))
+    self.first_bad = torch.where(bad & (self.n_bad==0), len(self.recorder.lrs), self.first_bad)
+    self.n_bad = self.n_bad+bad
+    self._block(bad if self.on_nan=='skip' else self.n_bad>0, scaled)
+    if self.on_nan=='skip':
+        for b,old in self.before: b.copy_(torch.where(bad, old, b))
+
+# %% ../../nbs/callback/02_guard.ipynb #9da6b913
+@patch
+def _where(self:FiniteGuard):
+    "What happened, and what to do"
+    i,ph = self.first_bad.item(),getattr(self.learn, 'phases', None)
+    lr = [*self.recorder.lrs, self.opt.hypers[-1]['lr']][i] # the rate of this step is recorded after it
+    phase = f"in the {ph.now.name} phase, " if ph else ''
+    return (f"the loss or its gradient is not finite at step {i} of the fit, in epoch {self.epoch}, {phase}"
+            f"at a learning rate of {lr:.2e}. The weights are those of the step before. Try a "
+            "lower rate or a longer warm-up, look at the images, or pass on_nan='skip'.")
+
+# %% ../../nbs/callback/02_guard.ipynb #3af9040d
 @patch
 def check_finite(self:FiniteGuard):
     "Raise `FloatingPointError` if the fit has to stop; count the steps that were skipped in `skipped`"
@@ -95,15 +110,7 @@ def check_finite(self:FiniteGuard):
             "their loss or gradients were not finite. Try a lower rate or a longer warm-up")
         if new: warnings.warn(f"{new} of {self.n_iter} steps of epoch {self.epoch} were skipped: not finite")
 
-@patch
-def _where(self:FiniteGuard):
-    "What happened, and what to do"
-    i,lrs,ph = self.first_bad.item(),self.recorder.lrs,getattr(self.learn, 'phases', None)
-    phase = f"in the {ph.now.name} phase, " if ph else ''
-    return (f"the loss or its gradient is not finite at step {i} of the fit, in epoch {self.epoch}, {phase}"
-            f"at a learning rate of {lrs[min(i, len(lrs)-1)]:.2e}. The weights are those of the step before. Try a "
-            "lower rate or a longer warm-up, look at the images, or pass on_nan='skip'.")
-
+# %% ../../nbs/callback/02_guard.ipynb #476203b1
 @patch
 def after_train(self:FiniteGuard):
     "An epoch has been trained: look"

@@ -27,46 +27,35 @@ class MixRecorder(Callback):
     objective = None # The learner's objective, set up for its model; what it has learned in earlier fits stays in it
     def __init__(self): self.rows,self.sched,self.resumed,self.skipped = [],dict(epoch=[], lr=[], alpha=[]),None,0
 
-    @property
-    def phase(self):
-        "'ssl', 'mix' or 'sl' within a fit, None outside"
-        ph = vars(self.learn).get('phases')
-        return ph.now.name if ph and ph.now else None
+@patch(as_prop=True)
+def phase(self:MixRecorder):
+    "'ssl', 'mix' or 'sl' within a fit, None outside"
+    ph = vars(self.learn).get('phases')
+    return ph.now.name if ph and ph.now else None
 
-# %% ../../nbs/callback/03_recorder.ipynb #d0f8d0fa
+# %% ../../nbs/callback/03_recorder.ipynb #7931b8e8
 _first = ['epoch','phase','train_loss','ssl_loss','sl_loss','valid_loss']
 _last = ['train_seconds','seconds']
-
-@patch(as_prop=True)
-def history(self:MixRecorder)->pd.DataFrame:
-    "A row an epoch of the last fit with phases: losses, metrics, seconds of training and of all"
-    df = pd.DataFrame(self.rows)
-    return df[[o for o in _first if o in df] + self.metric_cols() + [o for o in _last if o in df]]
 
 @patch
 def metric_cols(self:MixRecorder)->list:
     "The columns of `history` that are metrics, or losses that the objective names"
     return [o for o in (self.rows[0] if self.rows else ()) if o not in _first+_last]
 
+# %% ../../nbs/callback/03_recorder.ipynb #a30c9fdf
+@patch(as_prop=True)
+def history(self:MixRecorder)->pd.DataFrame:
+    "A row an epoch of the last fit with phases: losses, metrics, seconds of training and of all"
+    df = pd.DataFrame(self.rows)
+    return df[[o for o in _first if o in df] + self.metric_cols() + [o for o in _last if o in df]]
+
+# %% ../../nbs/callback/03_recorder.ipynb #4fae5b06
 @patch(as_prop=True)
 def seconds(self:MixRecorder)->dict:
     "Training seconds by phase, validation left out"
     return {p: sum(r['train_seconds'] for r in self.rows if r['phase']==p) for p in ('ssl','mix','sl')}
 
-# %% ../../nbs/callback/03_recorder.ipynb #0c204cfe
-@patch
-def before_fit(self:MixRecorder):
-    "Begin a history, if the fit has phases"
-    self._fix_autocast()
-    self.active = 'phases' in vars(self.learn)
-    if not self.active: return
-    self.world_size,rec = _ranks(self.learn)[1],self.recorder
-    self.rows,self.sched,self.on_cpu,self.train_metrics = [],dict(epoch=[], lr=[], alpha=[]),0,rec.train_metrics
-    vars(rec).update(smooth_loss=_SmoothLoss(rec.smooth_loss.beta), add_time=False) # a callback's own setattr warns
-    rec.metric_names = [o for o in rec.metric_names if o!='time'] + ['ssl_loss','sl_loss','seconds','phase']
-    if hasattr(self.learn, 'progress'): self.progress.after_batch = self._show_progress
-
-# %% ../../nbs/callback/03_recorder.ipynb #5fcb32d6
+# %% ../../nbs/callback/03_recorder.ipynb #726c6c00
 @patch
 def autocast(self:MixRecorder,
     device:str, # Type of the device, 'cpu' or 'cuda'
@@ -76,8 +65,10 @@ def autocast(self:MixRecorder,
     if not mp: return nullcontext()
     return torch.autocast(device, dtype=dict(bf16=torch.bfloat16, fp16=torch.float16)[mp.amp_mode.value])
 
+# %% ../../nbs/callback/03_recorder.ipynb #73531bd8
 @patch
 def _fix_autocast(self:MixRecorder):
+    "Let the learner's `MixedPrecision` mean the device that the model is on"
     mp,dev = getattr(self.learn, 'mixed_precision', None),next(self.learn.model.parameters()).device.type
     if mp and dev!='cuda': mp.autocast = self.autocast(dev)
 
@@ -90,6 +81,7 @@ class _SmoothLoss(AvgSmoothLoss):
         loss = learn.loss.detach().mean()
         self.val = torch.lerp(loss, self.val.to(loss), self.beta)
 
+# %% ../../nbs/callback/03_recorder.ipynb #d2cdc48e
 class _Late:
     "Text that is made when it is shown"
     def __init__(self, f): self.f = f
@@ -105,6 +97,19 @@ def _show_progress(self:MixRecorder):
         return f'{self.phase} {self.learn.smooth_loss.item():.4f}'
     self.progress.pbar.comment = _Late(text)
     self.progress.pbar.update(self.iter+1)
+
+# %% ../../nbs/callback/03_recorder.ipynb #0c204cfe
+@patch
+def before_fit(self:MixRecorder):
+    "Begin a history, if the fit has phases"
+    self._fix_autocast()
+    self.active = 'phases' in vars(self.learn)
+    if not self.active: return
+    self.world_size,rec = _ranks(self.learn)[1],self.recorder
+    self.rows,self.sched,self.on_cpu,self.train_metrics = [],dict(epoch=[], lr=[], alpha=[]),0,rec.train_metrics
+    vars(rec).update(smooth_loss=_SmoothLoss(rec.smooth_loss.beta), add_time=False) # a callback's own setattr warns
+    rec.metric_names = [o for o in rec.metric_names if o!='time'] + ['ssl_loss','sl_loss','seconds','phase']
+    if hasattr(self.learn, 'progress'): self.progress.after_batch = self._show_progress
 
 # %% ../../nbs/callback/03_recorder.ipynb #05959c74
 def _clock():
@@ -127,6 +132,7 @@ def before_train(self:MixRecorder):
     "Start the clock"
     if self.active: self.t_train = _clock()-self.earlier
 
+# %% ../../nbs/callback/03_recorder.ipynb #c1d22a87
 @patch
 def after_batch(self:MixRecorder):
     "Add the losses of a training batch"
@@ -139,7 +145,7 @@ def after_batch(self:MixRecorder):
     now = dict(epoch=self.epoch+self.iter/self.n_iter, lr=self.recorder.lrs[-1], alpha=self.phases.alpha)
     for k,v in now.items(): self.sched[k].append(v)
 
-# %% ../../nbs/callback/03_recorder.ipynb #c1d22a87
+# %% ../../nbs/callback/03_recorder.ipynb #b85d2f84
 @patch
 def _totals(self:MixRecorder):
     "The sums of the losses in this epoch and the number of images, of all processes"
@@ -148,7 +154,9 @@ def _totals(self:MixRecorder):
     return dict(zip(self.sums, t)),t[-1].item()
 
 @patch
-def _mean(self:MixRecorder, k): return (self.sums[k]/self.n).item() if k in self.sums else math.nan
+def _mean(self:MixRecorder, k):
+    "The mean of loss `k` over the images of this epoch; nan if the phase has no such loss"
+    return (self.sums[k]/self.n).item() if k in self.sums else math.nan
 
 # %% ../../nbs/callback/03_recorder.ipynb #853bd71f
 @patch
@@ -157,6 +165,7 @@ def _fill(self:MixRecorder, n):
     self.recorder.log = L(math.nan if o is None else o for o in self.recorder.log)
     self.recorder.log += [math.nan]*(n-len(self.recorder.log))
 
+# %% ../../nbs/callback/03_recorder.ipynb #0fcdb95e
 @patch
 def after_train(self:MixRecorder):
     "Stop the clock, and put the mean of the epoch in place of the running average"
@@ -206,7 +215,8 @@ def state_dict(self:MixRecorder)->dict:
         sums = {k: v.cpu() for k,v in self.sums.items()}
         within = dict(by_rank=_everyones(self.learn, (sums, self.n)), seconds=_clock()-self.t_train)
     return dict(rows=self.rows, sched=self.sched, on_cpu=self.on_cpu, within=within,
-                recorder={k: getattr(rec, k) for k in _recorder_attrs}, smooth=(rec.smooth_loss.count, rec.smooth_loss.val))
+                recorder={k: getattr(rec, k) for k in _recorder_attrs},
+                smooth=(rec.smooth_loss.count, rec.smooth_loss.val))
 
 # %% ../../nbs/callback/03_recorder.ipynb #4a4a181b
 @patch

@@ -115,6 +115,7 @@ class BatchResizedCrop:
 def _affine(x, **kw): return TF.affine(x, **{'angle':0., 'translate':[0,0], 'scale':1., 'shear':[0.,0.], **kw})
 def _degrees(v): return math.degrees(math.atan(v))
 
+# %% ../../nbs/data/00_augment.ipynb #37ad8224
 _rand_ops = dict( # name: (operation on `x` with a value `v`, the value at strength `s` of 0..1, has it two signs?)
     Identity     = (lambda x,v: x,                                                 lambda s,hw: 0,               False),
     ShearX       = (lambda x,v: _affine(x, shear=[_degrees(v),0.], center=[0,0]),  lambda s,hw: 0.3*s,           True),

@@ -111,6 +111,17 @@ def _parts(f, chunks, n_workers, bar):
             raise
 
 # %% ../../nbs/data/01_cache.ipynb #f7299203
+def _write(d, parts, shape, n):
+    "Write images that come in `parts`, each of `n` files, and what is to be known about them, into the folder `d`"
+    crc,n_images,bad = 0,0,[]
+    with open(d/'images.bin', 'wb') as f:
+        for i,(x,errs) in enumerate(parts):
+            f.write(x)
+            crc,n_images = zlib.crc32(x, crc),n_images+len(x)
+            bad += [(i*n+j, e) for j,e in errs]
+    (d/'meta.json').write_text(json.dumps(dict(shape=[n_images,*shape], crc=crc, bad=bad)))
+
+# %% ../../nbs/data/01_cache.ipynb #de8eb990
 def _build_cache(
     d:Path, # Folder to make
     files:list, # Paths
@@ -129,16 +140,6 @@ def _build_cache(
     shutil.rmtree(d, ignore_errors=True)
     tmp.rename(d)
 
-def _write(d, parts, shape, n):
-    "Write images that come in `parts`, each of `n` files, and what is to be known about them, into the folder `d`"
-    crc,n_images,bad = 0,0,[]
-    with open(d/'images.bin', 'wb') as f:
-        for i,(x,errs) in enumerate(parts):
-            f.write(x)
-            crc,n_images = zlib.crc32(x, crc),n_images+len(x)
-            bad += [(i*n+j, e) for j,e in errs]
-    (d/'meta.json').write_text(json.dumps(dict(shape=[n_images,*shape], crc=crc, bad=bad)))
-
 # %% ../../nbs/data/01_cache.ipynb #1d8671ef
 def _report(files, bad, skip_bad):
     "Raise, or warn if there is a rest and `skip_bad`, about the files that cannot be read"
@@ -148,6 +149,16 @@ def _report(files, bad, skip_bad):
     if len(bad)==len(files): raise ValueError(f"{msg}\nAre these the right files?")
     if not skip_bad: raise ValueError(f"{msg}\nReplace or remove them, or pass skip_bad=True to leave them out.")
     warnings.warn(msg)
+
+# %% ../../nbs/data/01_cache.ipynb #e8f4a2a9
+def _check_files(files, size, mode)->tuple:
+    "Absolute paths, and (height, width). Raises `ValueError`."
+    size = (int(size),)*2 if isinstance(size, Integral) else tuple(map(int, size))
+    if len(size)!=2 or min(size)<1: raise ValueError(f"size must be pixels, or (height, width), got {size}")
+    if mode not in ('RGB','L'): raise ValueError(f"mode must be 'RGB' or 'L', got {mode!r}")
+    files = [os.path.abspath(f) for f in files]
+    if not files: raise ValueError("there are no image files to load")
+    return files,size
 
 # %% ../../nbs/data/01_cache.ipynb #88301380
 def load_files(
@@ -173,12 +184,3 @@ def load_files(
             x,bad = _open_cache(d)
     _report(files, bad, skip_bad)
     return x, np.delete(np.arange(len(files)), [i for i,_ in bad])
-
-def _check_files(files, size, mode)->tuple:
-    "Absolute paths, and (height, width). Raises `ValueError`."
-    size = (int(size),)*2 if isinstance(size, Integral) else tuple(map(int, size))
-    if len(size)!=2 or min(size)<1: raise ValueError(f"size must be pixels, or (height, width), got {size}")
-    if mode not in ('RGB','L'): raise ValueError(f"mode must be 'RGB' or 'L', got {mode!r}")
-    files = [os.path.abspath(f) for f in files]
-    if not files: raise ValueError("there are no image files to load")
-    return files,size

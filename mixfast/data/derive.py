@@ -149,6 +149,7 @@ class _Views(Pipeline):
         bs = [Pipeline.__call__(self, tuple(o)) for o in bs]
         return (tuple(o[0] for o in bs), *bs[0][1:])
 
+# %% ../../nbs/data/04_derive.ipynb #0db3412c
 @patch
 def _with_views(self:SeededDL, n):
     "This loader, made to give `n` views of each image"
@@ -175,7 +176,7 @@ def _derive(self:SeededDL, cls=None, *args, **kwargs):
     res.source = self
     return res
 
-# %% ../../nbs/data/04_derive.ipynb #a5aa653e
+# %% ../../nbs/data/04_derive.ipynb #7219b488
 @patch
 def _ssl_dl(self:SeededDL, views):
     "The loader of the SSL phase"
@@ -185,6 +186,7 @@ def _ssl_dl(self:SeededDL, views):
     else: dl = self._derive(**tfms)
     return dl._with_views(views)
 
+# %% ../../nbs/data/04_derive.ipynb #a5aa653e
 @patch
 def _mix_dl(self:SeededDL, views):
     "The loader of the mix phase"

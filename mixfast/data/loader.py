@@ -11,16 +11,15 @@ __all__ = ['SeededDL', 'MixDL']
 import random
 from contextlib import contextmanager
 from itertools import count, islice
-from numbers import Real
 
-import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
+import numpy as np, torch
 from fastcore.basics import patch
 from fastai.data.core import TfmdDL
 from fastai.data.load import SkipItemException
-from fastai.torch_core import apply, to_detach as _detached
 import fastai.vision.data # teaches show_batch and show_results about images
 
 from ..checks import _check_seed
+from .shard import ShardedDL
 from .store import MixBatch
 
 # %% ../../nbs/data/03_loader.ipynb #0749a837
@@ -46,11 +45,10 @@ def _seeded(
             _spare.append(own)
 
 # %% ../../nbs/data/03_loader.ipynb #11ff8374
-class SeededDL(TfmdDL):
+class SeededDL(ShardedDL):
     "A `TfmdDL` whose batches depend on its seed, the pass and their number alone. Raises `ValueError`."
     views,source = 1,None # versions of each image in a batch; the loader that this one is derived from
-    start_batch,batch_idx = 0,0 # how many batches of a pass are left out; the number of the batch that was given last
-    rank,world_size = 0,1 # of the processes that share each batch
+    start_batch = 0 # how many batches of a pass are left out
     def __init__(self,
         dataset, # Anything of known length that fastai's `TfmdDL` takes
         bs:int=64, # Samples a batch in each process; fewer samples than that make one batch
@@ -152,35 +150,6 @@ def __iter__(self:SeededDL):
         if b is None: return
         yield b
 
-# %% ../../nbs/data/03_loader.ipynb #aa4544c9
-@patch(as_prop=True)
-def global_bs(self:SeededDL)->int:
-    "Samples of a full batch, those of all processes together"
-    return max(min(self.bs*self.world_size, self.n), 1)
-
-@patch
-def __len__(self:SeededDL): return self.n//self.global_bs if self.drop_last else -(-self.n//self.global_bs)
-
-# %% ../../nbs/data/03_loader.ipynb #c2bdc0a3
-@patch
-def shard(self:SeededDL,
-    i:int, # Number of the batch
-    rank:int=None, # Of a process; default: this one
-)->slice: # Within the order of the pass
-    "The part of batch `i` that a process has; all of it, if there are fewer samples than processes"
-    rank,world,start = self.rank if rank is None else rank,self.world_size,i*self.global_bs
-    n = min(self.global_bs, self.n-start)
-    return slice(start+n*rank//world, start+n*(rank+1)//world) if n>=world else slice(start, start+n)
-
-@patch
-def size(self:SeededDL,
-    i:int, # Number of the batch
-    rank:int=None, # Of a process; default: this one
-)->int:
-    "Samples of batch `i` in a process"
-    o = self.shard(i, rank)
-    return max(o.stop-o.start, 1)
-
 # %% ../../nbs/data/03_loader.ipynb #c8f669ef
 @patch
 def order(self:SeededDL,
@@ -205,17 +174,6 @@ def sample(self:SeededDL)->np.ndarray:
     ends = np.cumsum([self.size(i) for i in range(len(self))], dtype=int)
     return np.concatenate([idxs[:0], *np.split(idxs, ends)[:-1][self.start_batch+self.offs::self.num_workers]])
 
-@patch
-def create_batches(self:SeededDL,
-    samps, # Samples of this worker
-):
-    "Load the batches of a worker"
-    idxs = np.asarray(samps if isinstance(samps, np.ndarray) else list(samps))
-    for i in count(self.start_batch+self.offs, self.num_workers):
-        if not len(idxs): return
-        now,idxs = np.split(idxs, [self.size(i)])
-        yield self.load(now, (self.seed, self.tag, self.epoch, i, *self._rank_key()))
-
 # %% ../../nbs/data/03_loader.ipynb #37087432
 @patch
 def _draw(self:SeededDL, i):
@@ -235,6 +193,7 @@ def _name(self:SeededDL, i):
     o = getattr(self.dataset, 'items', range(self.n))
     return o.iloc[i].tolist() if hasattr(o, 'iloc') else o[i]
 
+# %% ../../nbs/data/03_loader.ipynb #295314e0
 @patch
 def load(self:SeededDL,
     idxs, # Samples, int64 [B]
@@ -249,6 +208,18 @@ def load(self:SeededDL,
             f"cannot load {self._name(i)}: {e}. Of files, fastai's verify_images lists all like it") from e
     bs = [self.do_batch(list(o)) for o in zip(*[o for o in items if o is not None])]
     return bs[0] if self.views==1 else tuple(bs)
+
+# %% ../../nbs/data/03_loader.ipynb #912c8eab
+@patch
+def create_batches(self:SeededDL,
+    samps, # Samples of this worker
+):
+    "Load the batches of a worker"
+    idxs = np.asarray(samps if isinstance(samps, np.ndarray) else list(samps))
+    for i in count(self.start_batch+self.offs, self.num_workers):
+        if not len(idxs): return
+        now,idxs = np.split(idxs, [self.size(i)])
+        yield self.load(now, (self.seed, self.tag, self.epoch, i, *self._rank_key()))
 
 # %% ../../nbs/data/03_loader.ipynb #a007ff28
 class MixDL(SeededDL):
@@ -265,73 +236,3 @@ class MixDL(SeededDL):
     def load(self, idxs, key):
         "The images `idxs`, by one indexing; nothing about it is random"
         return self.dataset.batch(idxs)
-
-# %% ../../nbs/data/03_loader.ipynb #4888e3f8
-@patch
-def sizes(self:SeededDL,
-    i:int=None, # Number of the batch; default: of the one that was given last
-)->list:
-    "Samples of a batch in each process"
-    return [self.size(self.batch_idx if i is None else i, r) for r in range(self.world_size)]
-
-@patch(as_prop=True)
-def repeats(self:SeededDL)->int:
-    "How often each sample of the last batch is seen: by all processes, if there are fewer samples than these"
-    i,n = self.batch_idx,self.world_size
-    return n if self.shard(i, 0)==self.shard(i, n-1) else 1
-
-@patch(as_prop=True)
-def weight(self:SeededDL)->float:
-    "What makes the mean over processes of their means over the last batch the mean over all of it"
-    ns = self.sizes()
-    return ns[self.rank]*len(ns)/sum(ns)
-
-# %% ../../nbs/data/03_loader.ipynb #ec46955d
-@patch
-def gathered(self:SeededDL,
-    x, # A row for each sample of this process, tensor [n,...]
-)->torch.Tensor: # [sum of n,...]
-    "The rows of all processes, those of the first first"
-    ns = self.sizes()
-    if self.repeats>1: return x # all have all
-    x = F.pad(x, [0,0]*(x.ndim-1) + [0,max(ns)-len(x)]).to(self.device)
-    res = [torch.empty_like(x) for _ in ns]
-    dist.all_gather(res, x.contiguous())
-    return torch.cat([o[:n] for o,n in zip(res, ns)])
-
-# %% ../../nbs/data/03_loader.ipynb #bad92273
-@patch
-def averaged(self:SeededDL,
-    x, # Mean over the samples of this process: number, array or tensor
-)->torch.Tensor: # As large as `x`
-    "The mean over all processes, times what makes a mean weighted by the samples of this one right"
-    ns,n,k = self.sizes(),min(self.n, len(self)*self.global_bs),len(self)
-    own,mine = ns[self.rank],(k-1)*self.bs+self.size(k-1) # samples of a pass in this process
-    x = torch.as_tensor(x, device=self.device)
-    x = _all_sum((x if x.is_floating_point() else x.float())*self.weight)/len(ns)
-    return x * (min(self.global_bs, n-self.batch_idx*self.global_bs)/own * mine/n)
-
-def _all_sum(t):
-    "The sum of a tensor over all processes, as a new one"
-    t = t.detach().clone()
-    dist.all_reduce(t)
-    return t
-
-# %% ../../nbs/data/03_loader.ipynb #fd86b37d
-@patch
-def to_detach(self:SeededDL,
-    b, # Predictions, labels, means: nested tensors, arrays and numbers
-    cpu:bool=True, # Move to the CPU
-    gather:bool=True, # Of all processes?
-):
-    "A batch, or what a metric has made of it, of all processes"
-    if self.world_size==1 or not gather: return _detached(b, cpu, gather=False)
-    ns = self.sizes()
-    def rows(x): # everywhere?
-        is_ = x.ndim>0 and len(x)==ns[self.rank]
-        return is_ if len(set(ns))==1 else _all_sum(torch.tensor(int(is_), device=self.device))==self.world_size
-    def one(x):
-        if torch.is_tensor(x): return self.gathered(x.detach()) if rows(x) else self.averaged(x.detach()).to(x.device)
-        if isinstance(x, np.ndarray): return self.averaged(x).cpu().numpy()
-        return self.averaged(x).item() if isinstance(x, Real) else x
-    return _detached(apply(one, b), cpu, gather=False)

@@ -32,6 +32,7 @@ def patchify(
     x = x.reshape(b, c, grid[0], h//grid[0], grid[1], w//grid[1])
     return x.permute(0,2,4,3,5,1).flatten(3).flatten(1,2)
 
+# %% ../../nbs/objective/02_autoencode.ipynb #8f7e67e7
 def unpatchify(
     p:Tensor, # [B,rows*columns,pixels*C]
     grid:tuple, # Rows and columns
@@ -47,7 +48,7 @@ def random_mask(
     b:int, # Images
     n:int, # Features an image
     n_mask:int, # How many of them to mask
-    device=None,
+    device=None, # Of the mask; default: torch's
 )->Tensor: # bool [b,n], True where masked
     "Mask `n_mask` of the `n` features of each image, drawn anew for each"
     return torch.rand(b, n, device=device).argsort(1) < n_mask
@@ -77,38 +78,24 @@ class TokenDecoder(nn.Module):
         self.norm,self.pred = nn.LayerNorm(dim),nn.Linear(dim, n_out)
         self.apply(init_weights_vit_timm)
 
-    def forward(self,
-        t, # Features [B,prefix+N,D], or of the places `ids` alone [B,prefix+K,D]
-        mask, # bool [B,N], True where masked
-        grid, # Rows and columns, N places
-        ids=None # int64 [B,K]
-    )->Tensor: # [B,N,n_out]
-        "Predict all places of the grid"
-        n,pos = mask.shape[1],self.pos if grid==self.grid else _pos_embed(grid, self.pos.shape[1], self.pos.device)
-        k = t.shape[1] - (n if ids is None else ids.shape[1]) # tokens of no place
-        t = self.embed(t)
-        pre,t = t[:,:k],t[:,k:]
-        if ids is not None: t = t.new_zeros(len(t), n, t.shape[2]).scatter(1, ids[...,None].expand_as(t), t)
-        t = torch.where(mask[...,None], self.mask_token, t) + pos
-        return self.pred(self.norm(self.blocks(torch.cat([pre, t], 1))[:,k:]))
+# %% ../../nbs/objective/02_autoencode.ipynb #5e223595
+@patch
+def forward(self:TokenDecoder,
+    t, # Features [B,prefix+N,D], or of the places `ids` alone [B,prefix+K,D]
+    mask, # bool [B,N], True where masked
+    grid, # Rows and columns, N places
+    ids=None # int64 [B,K]
+)->Tensor: # [B,N,n_out]
+    "Predict all places of the grid"
+    n,pos = mask.shape[1],self.pos if grid==self.grid else _pos_embed(grid, self.pos.shape[1], self.pos.device)
+    k = t.shape[1] - (n if ids is None else ids.shape[1]) # tokens of no place
+    t = self.embed(t)
+    pre,t = t[:,:k],t[:,k:]
+    if ids is not None: t = t.new_zeros(len(t), n, t.shape[2]).scatter(1, ids[...,None].expand_as(t), t)
+    t = torch.where(mask[...,None], self.mask_token, t) + pos
+    return self.pred(self.norm(self.blocks(torch.cat([pre, t], 1))[:,k:]))
 
 # %% ../../nbs/objective/02_autoencode.ipynb #121c33bd
-class MAE(Objective):
-    "Modified masked autoencoder: all patches are encoded, a share of their *features* is masked and rebuilt"
-    def __init__(self,
-        mask_ratio:float=0.75, # Share of the features of each image that is masked, in (0,1)
-        depth:int=2, # Transformer blocks of the decoder
-        dim:int=None, # Width of the decoder, a multiple of 4; default: the backbone's, at most 512
-        heads:int=None, # Attention heads of the decoder; default: one per 64 channels
-        visible_only=False, # Encode visible patches alone: never, in the SSL phase (True), in the mix phase too ('mix')
-        drop=None # Former name of `visible_only`
-    ):
-        super().__init__()
-        if drop is not None: warnings.warn("MAE(drop=) is called visible_only now", FutureWarning, stacklevel=2)
-        visible_only = visible_only if drop is None else drop
-        _check_mae(mask_ratio, visible_only, depth=depth, dim=dim, heads=heads)
-        self.mask_ratio,self.depth,self.dim,self.heads,self.visible_only = mask_ratio,depth,dim,heads,visible_only
-
 def _check_mae(mask_ratio, visible_only, **sizes):
     "Raise `ValueError` on arguments that `MAE` does not take"
     if not isinstance(mask_ratio, Real) or not 0<mask_ratio<1:
@@ -118,6 +105,23 @@ def _check_mae(mask_ratio, visible_only, **sizes):
             raise ValueError(f"{k} must be a whole number from {lo} up, got {v!r}")
     if visible_only not in (False,True,'mix'):
         raise ValueError(f"visible_only must be False, True or 'mix', got {visible_only!r}")
+
+# %% ../../nbs/objective/02_autoencode.ipynb #d9fa21bf
+class MAE(Objective):
+    "Modified masked autoencoder: all patches are encoded, a share of their *features* is masked and rebuilt"
+    def __init__(self,
+        mask_ratio:float=0.75, # Share of the features of each image that is masked, in (0,1)
+        depth:int=2, # Transformer blocks of the decoder
+        dim:int=None, # Width of the decoder, a multiple of 4; default: the backbone's, at most 512
+        heads:int=None, # Attention heads of the decoder; default: one per 64 channels
+        visible_only=False, # Encode visible patches alone: never, in SSL (True), or in SSL and mix phase ('mix')
+        drop=None # Former name of `visible_only`
+    ):
+        super().__init__()
+        if drop is not None: warnings.warn("MAE(drop=) is called visible_only now", FutureWarning, stacklevel=2)
+        visible_only = visible_only if drop is None else drop
+        _check_mae(mask_ratio, visible_only, depth=depth, dim=dim, heads=heads)
+        self.mask_ratio,self.depth,self.dim,self.heads,self.visible_only = mask_ratio,depth,dim,heads,visible_only
 
 # %% ../../nbs/objective/02_autoencode.ipynb #7ab57c31
 @patch
@@ -134,8 +138,11 @@ def n_masked(self:MAE,
 
 # %% ../../nbs/objective/02_autoencode.ipynb #f833367a
 @patch
-def setup(self:MAE, backbone, x):
-    "Build the decoder for `backbone` and images like `x`, float [B,C,H,W]"
+def setup(self:MAE,
+    backbone:nn.Module, # A timm model, or `Sequential(body, head)`
+    x:Tensor, # Images like those to come, float [B,C,H,W]
+):
+    "Build the decoder. Raises `ValueError` if the features cannot be masked, or `dim` and `heads` do not fit."
     lay,(_,c,h,w) = find_layout(backbone, x),x.shape
     self.n_masked(lay.grid, (h,w))
     if self.visible_only: _check_droppable(backbone)
@@ -152,6 +159,7 @@ class Kept(NamedTuple):
     mask:Tensor   # bool [B,N], True where a patch was left out
     layout:Layout # Of all patches
 
+# %% ../../nbs/objective/02_autoencode.ipynb #b08b5cbe
 @patch
 def predict(self:MAE,
     feats, # `Features` or `Kept`
@@ -166,7 +174,10 @@ def predict(self:MAE,
 
 # %% ../../nbs/objective/02_autoencode.ipynb #c284b7b2
 @patch
-def forward(self:MAE, feats, x):
+def forward(self:MAE,
+    feats, # `Features` or `Kept`
+    x, # Images, float [B,C,H,W]
+)->Tensor: # Scalar, float32
     "Mean squared error of the masked patches"
     mask,pred = self.predict(feats, x.shape[-2:])
     err = (pred-patchify(x.float(), feats.layout.grid)).square().mean(2)
@@ -174,8 +185,11 @@ def forward(self:MAE, feats, x):
 
 # %% ../../nbs/objective/02_autoencode.ipynb #f73da304
 @patch
-def reconstruct(self:MAE, feats, x)->tuple:
-    "The images without their masked patches, and with them rebuilt, both [B,C,H,W]"
+def reconstruct(self:MAE,
+    feats, # `Features` or `Kept`
+    x, # Images, float [B,C,H,W]
+)->tuple: # Both [B,C,H,W]
+    "The images without their masked patches, and with them rebuilt"
     grid = feats.layout.grid
     (mask,pred),p = self.predict(feats, x.shape[-2:]),patchify(x.float(), grid)
     back = lambda o: unpatchify(torch.where(mask[...,None], o, p), grid, x.shape[-2:])
@@ -190,6 +204,7 @@ def _check_droppable(backbone):
     if not isinstance(m.patch_drop, nn.Identity):
         raise ValueError("visible_only needs a model with patch_drop_rate=0")
 
+# %% ../../nbs/objective/02_autoencode.ipynb #3a3551ff
 def kept_features(
     backbone:nn.Module, # A timm `VisionTransformer`, or `Sequential(body, head)` with one
     x:Tensor, # Images, float [B,C,H,W]
@@ -198,23 +213,14 @@ def kept_features(
     "The features of some patches, for the price of those: where timm drops patches at random, these are kept"
     m = body(backbone)
     def keep(mod, args, t):
+        "Prefix tokens, and the patches `ids`"
         n = m.num_prefix_tokens
         return torch.cat([t[:,:n], t[:,n:].gather(1, ids[...,None].expand(-1, -1, t.shape[2]))], 1)
     h = m.patch_drop.register_forward_hook(keep)
     try: return m.forward_features(x)
     finally: h.remove()
 
-# %% ../../nbs/objective/02_autoencode.ipynb #3a3551ff
-@patch
-def encode(self:MAE, backbone, x):
-    "Features of all patches; or, with `visible_only`, `Kept` of those that are not masked"
-    return self._encode_visible(backbone, x) if self.visible_only else features(backbone, x)
-
-@patch
-def encode_mix(self:MAE, backbone, x):
-    "Features of all patches; or `Kept`, with `visible_only='mix'`"
-    return self._encode_visible(backbone, x) if self.visible_only=='mix' else features(backbone, x)
-
+# %% ../../nbs/objective/02_autoencode.ipynb #9b0e5418
 @patch
 def _encode_visible(self:MAE, backbone, x):
     "`Kept` of a random share of the patches"
@@ -225,8 +231,27 @@ def _encode_visible(self:MAE, backbone, x):
     lay = Layout('tokens', grid, m.embed_dim, m.num_prefix_tokens)
     return Kept(kept_features(backbone, x, ids), ids, mask, lay)
 
+# %% ../../nbs/objective/02_autoencode.ipynb #8bdc2dd2
 @patch
-def sl_feats(self:MAE, feats):
+def encode(self:MAE,
+    backbone:nn.Module, # A timm model, or `Sequential(body, head)`
+    x:Tensor, # Images, float [B,C,H,W]
+): # `Features` or `Kept`
+    "Features of all patches; or, with `visible_only`, `Kept` of those that are not masked"
+    return self._encode_visible(backbone, x) if self.visible_only else features(backbone, x)
+
+@patch
+def encode_mix(self:MAE,
+    backbone:nn.Module, # A timm model, or `Sequential(body, head)`
+    x:Tensor, # Images, float [B,C,H,W]
+): # `Features` or `Kept`
+    "Features of all patches; or `Kept`, with `visible_only='mix'`"
+    return self._encode_visible(backbone, x) if self.visible_only=='mix' else features(backbone, x)
+
+@patch
+def sl_feats(self:MAE,
+    feats, # `Features` or `Kept`
+)->Tensor: # As the backbone gives them
     "All features, or those of the visible patches"
     return feats.tokens if isinstance(feats, Kept) else feats.t
 
@@ -245,24 +270,37 @@ class AE(Objective):
         super().__init__()
         self.dim = dim
 
-    def setup(self, backbone, x):
-        "Build the decoder for `backbone` and images like `x`, float [B,C,H,W]"
+    def setup(self,
+        backbone:nn.Module, # A timm model, or `Sequential(body, head)`
+        x:Tensor, # Images like those to come, float [B,C,H,W]
+    ):
+        "Build the decoder"
         lay,(_,c,h,w) = find_layout(backbone, x),x.shape
         (h1,h2),(w1,w2) = [_two_strides(-(-o//n)) for o,n in zip((h,w), lay.grid)]
         self.decoder = nn.Sequential(nn.ConvTranspose2d(lay.dim, self.dim, (h1,w1), (h1,w1)), nn.ReLU(),
                                      nn.ConvTranspose2d(self.dim, c, (h2,w2), (h2,w2)))
 
-    def predict(self,
-        feats:Features, # Of the images
-        size:tuple, # Their height and width, pixels
-    )->Tensor: # float32 [B,C,H,W]
-        "The images as the decoder rebuilds them"
-        return self.decoder(feats.map())[...,:size[0],:size[1]].float()
+# %% ../../nbs/objective/02_autoencode.ipynb #0011caa7
+@patch
+def predict(self:AE,
+    feats:Features, # Of the images
+    size:tuple, # Their height and width, pixels
+)->Tensor: # float32 [B,C,H,W]
+    "The images as the decoder rebuilds them"
+    return self.decoder(feats.map())[...,:size[0],:size[1]].float()
 
-    def forward(self, feats, x):
-        "Mean squared error of all pixels"
-        return F.mse_loss(self.predict(feats, x.shape[-2:]), x.float())
+@patch
+def forward(self:AE,
+    feats:Features, # Of the images
+    x:Tensor, # The images, float [B,C,H,W]
+)->Tensor: # Scalar, float32
+    "Mean squared error of all pixels"
+    return F.mse_loss(self.predict(feats, x.shape[-2:]), x.float())
 
-    def reconstruct(self, feats, x):
-        "The images, and the images rebuilt"
-        return x, self.predict(feats, x.shape[-2:])
+@patch
+def reconstruct(self:AE,
+    feats:Features, # Of the images
+    x:Tensor, # The images, float [B,C,H,W]
+)->tuple: # Both [B,C,H,W]
+    "The images, and the images rebuilt"
+    return x, self.predict(feats, x.shape[-2:])

@@ -19,27 +19,44 @@ from .features import features, find_layout
 # %% ../../nbs/objective/01_core.ipynb #dde85ae1
 class Objective(nn.Module):
     "A self-supervised objective that shares its backbone pass with supervised heads"
-    views = 1 # Augmentations of each image that a batch must hold; with more than one, `x` is a tuple of as many batches
+    views = 1 # Augmentations of each image in a batch; with more than one, `x` is a tuple of as many batches
 
-    def setup(self, backbone, x):
-        "Build what depends on `backbone` and on images like `x`, float [B,C,H,W]; called once, before all else"
-    def encode(self, backbone, x):
-        "Features of `x` in one pass through `backbone`: `Features`, or anything that `forward` and `sl_feats` understand"
+    def setup(self,
+        backbone:nn.Module, # The user's model
+        x:Tensor, # Images like those to come, float [B,C,H,W]
+    ):
+        "Build what depends on the backbone and on the size of images; called once, before all else"
+    def encode(self,
+        backbone:nn.Module, # The user's model
+        x, # Images, float [B,C,H,W]; with several `views` a tuple of them
+    ): # `Features`, or what `forward` and `sl_feats` read instead
+        "Features of `x` in one pass of `backbone`"
         return features(backbone, x if isinstance(x, Tensor) else torch.cat(x))
-    def encode_mix(self, backbone, x):
+    def encode_mix(self,
+        backbone:nn.Module, # The user's model
+        x, # As in `encode`
+    ): # As from `encode`
         "The same in a mix step, where supervised heads read along"
         return self.encode(backbone, x)
-    def forward(self, feats, x):
-        "The self-supervised loss, a scalar; or a dict of scalars by name, whose sum is the loss"
+    def forward(self,
+        feats, # What `encode` or `encode_mix` gave
+        x, # The images
+    ): # Scalar, float; or a dict of scalars by name, whose sum is the loss
+        "The self-supervised loss"
         raise NotImplementedError(f"{type(self).__name__}.forward(feats, x) must return a loss, or a dict of losses")
-    def sl_feats(self, feats):
-        "What a supervised head reads of what `encode_mix` returned: features of the first view, as the backbone gives them"
+    def sl_feats(self,
+        feats, # What `encode_mix` gave
+    )->Tensor: # As the backbone gives them
+        "What a supervised head reads: the features of the first view"
         return feats.t if self.views==1 else feats.t[:len(feats.t)//self.views]
 
 # %% ../../nbs/objective/01_core.ipynb #bec74094
 @patch
-def after_step(self:Objective, backbone, t):
-    "Called after each optimizer step that was taken; `t` in [0,1) is the share of the objective's steps before it"
+def after_step(self:Objective,
+    backbone:nn.Module, # The user's model, after the step
+    t:float, # In [0,1): the share of the objective's steps that were taken before
+):
+    "Called after each optimizer step that was taken"
 
 # %% ../../nbs/objective/01_core.ipynb #6c6830f1
 @patch
@@ -50,6 +67,9 @@ def settings(self:Objective)->dict:
 
 # %% ../../nbs/objective/01_core.ipynb #4fdbaef9
 @patch
-def reconstruct(self:Objective, feats, x)->tuple:
-    "Images to show: what the objective was given to see, and what it made of it, both [B,C,H,W]"
+def reconstruct(self:Objective,
+    feats, # What `encode` gave
+    x:Tensor, # Images, float [B,C,H,W]
+)->tuple: # Both [B,C,H,W]
+    "Images to show: what the objective was given to see, and what it made of it"
     raise NotImplementedError(f"{type(self).__name__} does not reconstruct images")

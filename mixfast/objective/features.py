@@ -1,4 +1,4 @@
-"""One pass through a backbone, taken apart: the features, where each of them lies in the image, and what a head makes of them
+"""One pass through a backbone, taken apart: its features, where each lies in the image, and what a head makes of them
 
 Docs: https://mixfast.github.io/mixfast/objective/features.html.md"""
 
@@ -34,6 +34,7 @@ def to_tokens(
     if lay.kind=='tokens': return t[:,lay.prefix:]
     return t.flatten(1,2) if lay.kind=='NHWC' else t.flatten(2).transpose(1,2)
 
+# %% ../../nbs/objective/00_features.ipynb #24b95981
 def to_map(
     t:Tensor, # Features as a backbone gives them
     lay:Layout, # How they lie
@@ -46,9 +47,11 @@ class Features(NamedTuple):
     "What one pass of a backbone gives"
     t:Tensor      # As the backbone's own head reads it: tokens [B,N,D], or a map [B,D,h,w] or [B,h,w,D]
     layout:Layout # Where each feature lies
+
     def tokens(self)->Tensor:
         "Features that have a place, [B,h*w,D]"
         return to_tokens(self.t, self.layout)
+
     def map(self)->Tensor:
         "The same as a map, [B,D,h,w]"
         return to_map(self.t, self.layout)
@@ -70,7 +73,8 @@ def layout(
     "Find out how features tile the image. Raises `TypeError` if they do not."
     m = body(model)
     if isinstance(t, Tensor) and t.ndim==4:
-        if str(getattr(m, 'output_fmt', 'NCHW')).endswith('NHWC'): return Layout('NHWC', tuple(t.shape[1:3]), t.shape[3])
+        last = str(getattr(m, 'output_fmt', 'NCHW')).endswith('NHWC')
+        if last: return Layout('NHWC', tuple(t.shape[1:3]), t.shape[3])
         return Layout('NCHW', tuple(t.shape[2:]), t.shape[1])
     if isinstance(t, Tensor) and t.ndim==3:
         prefix = getattr(m, 'num_prefix_tokens', 0)
@@ -92,7 +96,7 @@ def features(
     t = m.forward_features(x) if own else m(x)
     return Features(t, layout(model, t, x.shape[-2:]))
 
-# %% ../../nbs/objective/00_features.ipynb #a98dc131
+# %% ../../nbs/objective/00_features.ipynb #97c33c05
 def logits(
     model:nn.Module, # The model that gave the features
     t:Tensor, # Its features, `Features.t`
@@ -123,6 +127,7 @@ def evaluating(
     finally:
         for m,on in flags: m.training = on
 
+# %% ../../nbs/objective/00_features.ipynb #9cbb8eef
 def find_layout(
     backbone:nn.Module, # A timm model, or `Sequential(body, head)`
     x:Tensor, # Images, float [B,C,H,W]

@@ -17,7 +17,7 @@ import numpy as np, torch
 from fastai.torch_core import to_device
 
 from ..data.mix import phase_dl
-from ..model import MixModel, phase_loss
+from ..model import MixModel
 from ..objective.features import body, evaluating
 from ..phases import MixPlan
 
@@ -30,32 +30,41 @@ def _generators_kept():
         with torch.random.fork_rng(): yield
     finally: random.setstate(py); np.random.set_state(npy)
 
-# %% ../../nbs/task/00_core.ipynb #f12c623b
-def _dry_run(learn, plan:MixPlan):
-    "Raise `ValueError` unless two images of each phase of `plan` go through the learner's model and loss"
-    m = MixModel(learn.model, learn.mix.objective)
-    names = [p.name for p in plan.phases]
-    with _generators_kept(), evaluating(m):
-        if 'ssl' in names: _forward(m, _two(learn, 'ssl', m.objective.views)[0], 'ssl')
-        if names==['ssl']: return
-        x,*y = _two(learn, 'mix' if 'mix' in names else 'sl', m.objective.views if 'mix' in names else 1)
-        for name in [o for o in names if o!='ssl']: out = _forward(m, x, name)
-        _check_loss(learn, out, y)
-
-# %% ../../nbs/task/00_core.ipynb #d00ec4f5
+# %% ../../nbs/task/00_core.ipynb #3223ccca
 def _two(learn, phase, views):
     "Two images of a phase on the model's device, with their targets"
     b = phase_dl(learn.dls, phase, views).one_batch()
     cut = lambda o: tuple(cut(p) for p in o) if isinstance(o, (tuple,list)) else o[:2]
     return to_device(tuple(map(cut, b)), next(learn.model.parameters()).device)
 
+# %% ../../nbs/task/00_core.ipynb #1ec27140
 def _forward(m, x, phase):
     "What the model gives. Raises `ValueError` where it cannot take the images."
     try: return m(x, phase)
     except (RuntimeError, AssertionError, IndexError) as e:
         shape = list((x if torch.is_tensor(x) else x[0]).shape)
-        hint = 'Create a ViT with dynamic_img_size=True to train it on several sizes. ' if hasattr(body(m.backbone), 'pos_embed') else ''
+        hint = 'Create a ViT with dynamic_img_size=True to train it on several sizes. '
+        if not hasattr(body(m.backbone), 'pos_embed'): hint = ''
         raise ValueError(f"the model cannot take images [B,C,H,W] = {shape} in the {phase} phase: {e}. {hint}") from e
+
+# %% ../../nbs/task/00_core.ipynb #c3056114
+def _shapes(o):
+    "Shapes of tensors, however they are nested, as a string"
+    if torch.is_tensor(o): return str(list(o.shape))
+    if isinstance(o, dict): return '{' + ', '.join(f'{k}: {_shapes(v)}' for k,v in o.items()) + '}'
+    return '(' + ', '.join(map(_shapes, o)) + ')' if isinstance(o, (tuple,list)) else type(o).__name__
+
+# %% ../../nbs/task/00_core.ipynb #beaedf53
+def _misfit(learn, pred, y, c, classes, e):
+    "In words, what does not fit"
+    if classes and torch.is_tensor(pred) and pred.ndim==2 and pred.shape[1]<c:
+        return f"the model has {pred.shape[1]} outputs for {c} classes: pass n_out={c}"
+    name = lambda o: getattr(o, '__name__', type(o).__name__)
+    m = learn.model
+    head = m[-1] if hasattr(m, '__getitem__') else getattr(m, 'get_classifier', lambda: m)()
+    return (f"the head, {name(head)}, predicts {_shapes(pred)} for 2 images, and {name(learn.loss_func)} "
+            f"cannot compare that with targets {_shapes(y)}: {e}. "
+            "Change the number of outputs (n_out), the head or the loss function.")
 
 # %% ../../nbs/task/00_core.ipynb #b173a06b
 def _check_loss(learn, out, y):
@@ -71,18 +80,14 @@ def _check_loss(learn, out, y):
         raise ValueError(_misfit(learn, out.pred, y, c, classes, e)) from e
     if loss.ndim: raise ValueError(f"loss_func must give a scalar, got {list(loss.shape)}: use reduction='mean'")
 
-# %% ../../nbs/task/00_core.ipynb #fb637695
-def _shapes(o):
-    "Shapes of tensors, however they are nested, as a string"
-    if torch.is_tensor(o): return str(list(o.shape))
-    if isinstance(o, dict): return '{' + ', '.join(f'{k}: {_shapes(v)}' for k,v in o.items()) + '}'
-    return '(' + ', '.join(map(_shapes, o)) + ')' if isinstance(o, (tuple,list)) else type(o).__name__
-
-def _misfit(learn, pred, y, c, classes, e):
-    "In words, what does not fit"
-    if classes and torch.is_tensor(pred) and pred.ndim==2 and pred.shape[1]<c:
-        return f"the model has {pred.shape[1]} outputs for {c} classes: pass n_out={c}"
-    name = lambda o: getattr(o, '__name__', type(o).__name__)
-    head = learn.model[-1] if hasattr(learn.model, '__getitem__') else getattr(learn.model, 'get_classifier', lambda: learn.model)()
-    return (f"the head, {name(head)}, predicts {_shapes(pred)} for 2 images, and {name(learn.loss_func)} cannot compare that with "
-            f"targets {_shapes(y)}: {e}. Change the number of outputs (n_out), the head or the loss function.")
+# %% ../../nbs/task/00_core.ipynb #f12c623b
+def _dry_run(learn, plan:MixPlan):
+    "Raise `ValueError` unless two images of each phase of `plan` go through the learner's model and loss"
+    m = MixModel(learn.model, learn.mix.objective)
+    names = [p.name for p in plan.phases]
+    with _generators_kept(), evaluating(m):
+        if 'ssl' in names: _forward(m, _two(learn, 'ssl', m.objective.views)[0], 'ssl')
+        if names==['ssl']: return
+        x,*y = _two(learn, 'mix' if 'mix' in names else 'sl', m.objective.views if 'mix' in names else 1)
+        for name in [o for o in names if o!='ssl']: out = _forward(m, x, name)
+        _check_loss(learn, out, y)

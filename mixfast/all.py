@@ -11,6 +11,7 @@ __all__ = []
 from fastai.vision.all import *
 from .objective.features import *
 from .objective.core import *
+from .objective.patches import *
 from .objective.autoencode import *
 from .objective.choose import *
 from .task.core import *

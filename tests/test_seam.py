@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import numpy as np, pytest, timm, torch, torch.nn.functional as F
 from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, GradientAccumulation,
-    L1LossFlat, LabelSmoothingCrossEntropyFlat, Learner, MSELossFlat, ProgressCallback, SaveModelCallback, accuracy, accuracy_multi, noop, resnet18, set_seed,
+    L1LossFlat, LabelSmoothingCrossEntropyFlat, Learner, MSELossFlat, ProgressCallback, SaveModelCallback, accuracy, noop, resnet18, set_seed,
     vision_learner)
 from torch import nn
 

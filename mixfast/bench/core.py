@@ -12,7 +12,6 @@ __all__ = ['RHOS', 'RATIOS', 'CPU', 'QUICK', 'GPU', 'contenders', 'in_turns', 'R
 import json, sys, tempfile, time, warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastcore.script import call_parse, store_true

@@ -241,6 +241,5 @@ def _checkpointing(learn, cb, settings, resume):
         state = _once(learn, lambda: cb._begin(learn, resume))
         if state: learn._do_fit = partial(_epochs_from, learn, cb, state)
         try: yield
-        finally:
-            for k in ('_do_fit','all_batches'): vars(learn).pop(k, None)
+        finally: # methods are put back by the owner of the fit
             if isinstance(learn.dls.train, SeededDL): learn.dls.train.start_batch = 0

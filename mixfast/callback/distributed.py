@@ -14,7 +14,6 @@ import torch, torch.distributed as dist
 from fastcore.basics import noop
 from fastcore.foundation import L
 from fastai.callback.core import Callback
-from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib
 from timm.layers import convert_sync_batchnorm
 from timm.utils import unwrap_model

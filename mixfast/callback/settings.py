@@ -17,9 +17,9 @@ import numpy as np, torch
 from fastcore.foundation import L
 
 from .distributed import _ranks
-from ..data.loader import MixBatch, SeededDL
+from ..data.loader import SeededDL
 from ..data.mix import phase_dl
-from ..data.store import ImageStore
+from ..data.store import ImageStore, MixBatch
 
 # %% ../../nbs/callback/04_settings.ipynb #b5ac00da
 def _fingerprint(dl, world_size=1)->dict:

@@ -18,7 +18,8 @@ from fastai.torch_core import apply, to_device
 from fastai.vision.augment import AffineCoordTfm, RandTransform
 from fasttransform import ItemTransform, Pipeline
 
-from .loader import MixBatch, MixDL, SeededDL, _seeded
+from .loader import MixDL, SeededDL, _seeded
+from .store import MixBatch
 
 # %% ../../nbs/data/04_derive.ipynb #2084ec28
 def blend(

@@ -20,7 +20,6 @@ import fastai.vision.data # teaches show_batch and show_results about images
 
 from ..checks import _check_seed
 from .shard import ShardedDL
-from .store import MixBatch
 
 # %% ../../nbs/data/03_loader.ipynb #0749a837
 _spare = [] # NumPy's generators that no `_seeded` uses now: to make one takes longer than all else here

@@ -22,8 +22,8 @@ from fastai.torch_core import default_device, num_distrib
 from ..checks import _check_seed, _check_unit
 from .augment import get_tfms
 from .derive import Blend, BlendDL, blend
-from .loader import MixBatch, MixDL, SeededDL, _seeded
-from .store import ImageStore, as_images, image_stats
+from .loader import MixDL, SeededDL, _seeded
+from .store import ImageStore, MixBatch, as_images, image_stats
 
 _all_ = ['blend', 'Blend', 'BlendDL'] # of `derive`, for those who import from here
 

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 
-from .features import features, find_layout
+from .features import features
 
 # %% ../../nbs/objective/01_core.ipynb #dde85ae1
 class Objective(nn.Module):

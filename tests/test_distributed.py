@@ -255,6 +255,19 @@ def test_errors(launch, tmp_path):
     fsdp = SimpleNamespace(accelerator=SimpleNamespace(distributed_type='FSDP', mixed_precision='no'))
     with pytest.raises(ValueError, match='not by FSDP: use torchrun'): _allow(fsdp)
 
+def test_no_process_leaves_before_all_are_there(launch):
+    "One that finds a mistake at once would take its connections along while another is still connecting"
+    def run(rank):
+        learn = learner(6)
+        with learn.distrib_ctx(cpu=True):
+            time.sleep(rank)
+            came = time.monotonic()
+            with pytest.raises(ValueError, match="rho"): learn.fit_mixtraining(1, 1, rho=2)
+            return came,time.monotonic()
+    res = launch(run, 2)
+    (_,left),(came,_) = res
+    assert left>=came
+
 def test_a_full_disk(launch, tmp_path):
     "The first process cannot write: all say so"
     class Full(Callback):

@@ -27,6 +27,11 @@ def _ranks(learn):
     n = num_distrib() if hasattr(learn, 'distributed_trainer') else 0
     return (rank_distrib(), n) if n>1 else (0,1)
 
+# %% ../../nbs/callback/00_distributed.ipynb #32647474
+def _meet(learn):
+    "Wait until all processes are here"
+    if _ranks(learn)[1]>1 and dist.is_initialized(): dist.barrier()
+
 # %% ../../nbs/callback/00_distributed.ipynb #5ca3118f
 def _shared(o):
     "What the first process has for `o`, which is pickled"

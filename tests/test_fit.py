@@ -163,12 +163,20 @@ def test_gradient_accumulation_equals_the_large_batch(make):
     for bs in (8,4):
         learn = make(bs=bs, objective='ae')
         for name in ('ssl','sl'): phase_dl(learn.dls, name).shuffle = False
-        hypers = [replace(h, lr=h.lr*8/bs, warmup=0.) for h in (HOT.ssl, HOT.sl)]
-        learn.fit_mixtraining(2, 2, rho=0.5, recipe=Recipe(*hypers), cbs=[ConstantRate()] + ([GradientAccumulation(8)] if bs==4 else []))
+        learn.fit_mixtraining(2, 2, rho=0.5, recipe=HOT, cbs=[ConstantRate()] + ([GradientAccumulation(8)] if bs==4 else []))
         learns.append(learn)
     a,b = (state(o.model) for o in learns)
     assert learns[0].mix.history.phase.tolist()==learns[1].mix.history.phase.tolist()==['ssl','mix','sl']
     assert max((a[k]-b[k]).abs().max().item() for k in a)<1e-4
+
+def test_the_rate_follows_the_images_of_a_step(make):
+    "As many as are gathered: 8 batches of 8 have the largest rate of one of 64"
+    top = {}
+    for bs,cbs in ((64,[]), (8,[GradientAccumulation(64)]), (8,[])):
+        learn = make(n=64, bs=bs)
+        learn.fit_sl(8, recipe=Recipe(HOT.ssl, replace(HOT.sl, warmup=0.)), cbs=cbs)
+        top[bs,len(cbs)] = max(learn.recorder.lrs)
+    assert top[64,0]==top[8,1]==8*top[8,0]
 
 class ConstantRate(Callback):
     "Takes the schedule out, which counts batches"

@@ -12,10 +12,11 @@ import math, random
 import numpy as np, torch
 
 from fastcore.basics import patch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, _inner_loop
 from fastai.callback.mixup import MixHandler
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
+from fastai.learner import Learner
 from timm.utils import unwrap_model
 
 from .distributed import _once, _ranks
@@ -40,6 +41,16 @@ def _one_batch(learn):
         learn.loss = learn.loss_grad.clone()
     learn('after_loss')
     if learn.training and len(learn.yb): learn._do_grad_opt()
+
+# %% ../../nbs/callback/01_core.ipynb #7a5fa875
+def _call_one(learn, listeners, event):
+    "What fastai's `_call_one` does; who has an event of a batch is kept in `listeners`, a dict, for a pass"
+    if event not in _inner_loop:
+        listeners.clear()
+        return Learner._call_one(learn, event)
+    key = event,*learn.cbs
+    if key not in listeners: listeners[key] = learn.ordered_cbs(event)
+    for cb in listeners[key]: cb(event)
 
 # %% ../../nbs/callback/01_core.ipynb #659c3e91
 class Phases(Callback):
@@ -153,23 +164,23 @@ class Seeds(Callback):
 # %% ../../nbs/callback/01_core.ipynb #0ec485a4
 @patch
 def _seed(self:Seeds, i):
-    "Seed all generators for place `i` of the epoch: 0 is before the first step"
+    "Seed all generators for place `i` of the epoch: 0 is before the first step. Gives the seed."
     s = _place_seed(self.seed, self.epoch, self.training, i, self.rank)
     random.seed(s); np.random.seed(s); torch.default_generator.manual_seed(s)
     if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(s)
-    dl = getattr(self.learn.dl, 'dl', self.learn.dl) # what fastai's `DistributedDL` wraps
-    if i==0 and not isinstance(dl, SeededDL): dl.rng.seed(s)
+    return s
 
 # %% ../../nbs/callback/01_core.ipynb #e96d9c33
 @patch
 def before_train(self:Seeds):
-    "Seed what shuffles the epoch"
-    self._seed(0)
+    "Seed what shuffles the epoch: fastai's loaders have a generator of their own"
+    s,dl = self._seed(0),getattr(self.learn.dl, 'dl', self.learn.dl) # what fastai's `DistributedDL` wraps
+    if not isinstance(dl, SeededDL): dl.rng.seed(s)
 
 @patch
 def before_validate(self:Seeds):
     "Likewise"
-    self._seed(0)
+    self.before_train()
 
 @patch
 def before_batch(self:Seeds):
@@ -204,7 +215,6 @@ class MixScheduler(Callback):
 @patch
 def before_fit(self:MixScheduler):
     "Find out what the optimizer has"
-    self.world_size = _ranks(self.learn)[1]
     self.hps = {k:[] for k in ('lr','mom','sqr_mom','wd') if k in self.opt.hypers[0]}
 
 @patch
@@ -212,12 +222,23 @@ def after_fit(self:MixScheduler):
     "Let fastai's recorder draw it"
     if hasattr(self, 'hps'): self.recorder.hps = self.hps
 
+# %% ../../nbs/callback/01_core.ipynb #fa75c636
+def _step_images(learn)->int:
+    "Images of an optimizer step, in all processes"
+    bs = learn.dl.bs
+    n = next((cb.n_acc for cb in learn.cbs if isinstance(cb, GradientAccumulation)), bs) # of each process
+    return getattr(learn.dl, 'global_bs', bs*_ranks(learn)[1])*math.ceil(n/bs)
+
 # %% ../../nbs/callback/01_core.ipynb #6e93256b
+@patch
+def before_train(self:MixScheduler):
+    "Count the images of a step"
+    self.bs = _step_images(self.learn)
+
 @patch
 def before_batch(self:MixScheduler):
     "Set what this step is to have"
-    bs = getattr(self.dl, 'global_bs', self.dl.bs*self.world_size)
-    h = hypers_at(self.plan, self.epoch, self.iter, self.n_iter, self.ssl, self.sl, bs=bs, sl_sched=self.sl_sched)
+    h = hypers_at(self.plan, self.epoch, self.iter, self.n_iter, self.ssl, self.sl, self.bs, self.sl_sched)
     for k,vs in self.hps.items():
         if not vs or vs[-1]!=h[k] or self.iter==0: self.opt.set_hyper(k, h[k])
         vs.append(h[k])

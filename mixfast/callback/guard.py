@@ -11,7 +11,7 @@ __all__ = ['FiniteGuard']
 import warnings
 import torch
 
-from fastcore.basics import patch
+from fastcore.basics import groupby, patch
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.training import GradientAccumulation
 from torch.nn.utils import get_total_norm
@@ -32,8 +32,17 @@ def before_fit(self:FiniteGuard):
     "Nothing bad so far. Raises `ValueError` where a step cannot be skipped."
     if self.on_nan=='skip' and any(isinstance(cb, GradientAccumulation) for cb in self.cbs):
         raise ValueError("on_nan='skip' cannot take a batch out of gradients that are gathered: use 'stop'")
-    self.n_bad = torch.zeros((), dtype=torch.int64, device=next(self.model.parameters()).device)
-    self.first_bad,self.good,self.skipped,self.blocked = self.n_bad-1,{},0,False
+    self.found = torch.zeros((), device=next(self.model.parameters()).device)
+    self.n_good,self.n_bad = self.found.long(),self.found.long()
+    self.good,self.skipped,self.blocked = {},0,False
+
+# %% ../../nbs/callback/02_guard.ipynb #7a4fbbc4
+@patch
+def before_train(self:FiniteGuard):
+    "Note the parameters by device and dtype, and what optimizer and loss scaler do by themselves"
+    self.params = groupby(self.model.parameters(), lambda p: (p.device, p.dtype)).values()
+    self.fused = getattr(getattr(self.opt, 'opt', None), 'defaults', {}).get('fused')
+    self.scaled = getattr(getattr(self.learn, 'scaler', None), 'is_enabled', bool)()
 
 # %% ../../nbs/callback/02_guard.ipynb #cd12f85d
 @patch
@@ -45,23 +54,33 @@ def before_batch(self:FiniteGuard):
 # %% ../../nbs/callback/02_guard.ipynb #d9d460c4
 @patch
 def after_loss(self:FiniteGuard):
-    "Note whether the loss is finite"
-    if not self.training: return
-    self.now_bad = bad = ~torch.isfinite(self.learn.loss.detach().as_subclass(torch.Tensor))
-    if self.on_nan!='skip': return
-    now = dict(getattr(self.learn, 'losses', {}), train_loss=self.learn.loss)
+    "Record the last good loss where this one is to be skipped"
+    if not self.training or self.on_nan!='skip': return
+    bad,now = ~torch.isfinite(self.learn.loss.detach()),dict(getattr(self.learn, 'losses', {}), train_loss=self.learn.loss)
     self.good = {k: torch.where(bad, self.good.get(k, torch.zeros_like(v)), v.detach()) for k,v in now.items()}
-    self.learn.loss = self.good['train_loss']
+    self.bad_loss,self.learn.loss = bad,self.good['train_loss']
     if hasattr(self.learn, 'losses'): self.learn.losses = {k: self.good[k] for k in self.learn.losses}
+
+# %% ../../nbs/callback/02_guard.ipynb #b27d898f
+def _find_inf(
+    tensors:list, # Of one device and dtype
+    found:torch.Tensor, # Float scalar: it becomes 1 if one of `tensors` is not finite
+):
+    "Look for nan and infinity, without waiting for the answer"
+    if not tensors: return
+    here = found.to(tensors[0].device)
+    if here.device.type not in ('cpu','cuda'): here.add_(~torch.isfinite(get_total_norm(tensors)))
+    else: torch._amp_foreach_non_finite_check_and_unscale_(tensors, here, torch.ones_like(here))
+    if here is not found: found.copy_(here)
 
 # %% ../../nbs/callback/02_guard.ipynb #da9943f3
 @patch
-def _block(self:FiniteGuard, block, scaled):
-    "Keep the optimizer from acting, if the tensor `block` is true"
-    self.blocked = block
-    if getattr(getattr(self.opt, 'opt', None), 'defaults', {}).get('fused'): self.opt.opt.found_inf = block.float()
+def _block(self:FiniteGuard):
+    "Keep the optimizer from acting, if something was found"
+    self.blocked = self.found
+    if self.fused: self.opt.opt.found_inf = self.found
     elif self.on_nan=='stop': self.check_finite()
-    else: self.blocked = bool(block) and not scaled
+    else: self.blocked = bool(self.found) and not self.scaled
 
 @patch
 def before_step(self:FiniteGuard):
@@ -75,22 +94,25 @@ def _forget_inf(opt):
 # %% ../../nbs/callback/02_guard.ipynb #42cc117e
 @patch
 def after_backward(self:FiniteGuard):
-    "Block the optimizer after a bad loss or bad gradients"
-    bad,scaled = self.now_bad,getattr(getattr(self.learn, 'scaler', None), 'is_enabled', bool)()
-    if not scaled:
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        bad = bad | ~torch.isfinite(get_total_norm(grads))
-    self.first_bad = torch.where(bad & (self.n_bad==0), len(self.recorder.lrs), self.first_bad)
-    self.n_bad = self.n_bad+bad
-    self._block(bad if self.on_nan=='skip' else self.n_bad>0, scaled)
-    if self.on_nan=='skip':
-        for b,old in self.before: b.copy_(torch.where(bad, old, b))
+    "Look at loss and gradients, and block the optimizer if they are bad"
+    if self.on_nan=='skip': self.found.copy_(self.bad_loss)
+    else: _find_inf([self.learn.loss.detach().as_subclass(torch.Tensor)], self.found)
+    for ps in [] if self.scaled else self.params: _find_inf([p.grad for p in ps if p.grad is not None], self.found)
+    self._block()
+    if self.on_nan!='skip': return
+    self.n_bad += self.found>0
+    for b,old in self.before: b.copy_(torch.where(self.found>0, old, b))
+
+@patch
+def after_batch(self:FiniteGuard):
+    "Count the steps before the first bad one"
+    if self.training and self.on_nan=='stop': self.n_good += self.found==0
 
 # %% ../../nbs/callback/02_guard.ipynb #9da6b913
 @patch
 def _where(self:FiniteGuard):
     "What happened, and what to do"
-    i,ph = self.first_bad.item(),getattr(self.learn, 'phases', None)
+    i,ph = self.n_good.item(),getattr(self.learn, 'phases', None)
     lr = [*self.recorder.lrs, self.opt.hypers[-1]['lr']][i] # the rate of this step is recorded after it
     phase = f"in the {ph.now.name} phase, " if ph else ''
     return (f"the loss or its gradient is not finite at step {i} of the fit, in epoch {self.epoch}, {phase}"
@@ -101,14 +123,15 @@ def _where(self:FiniteGuard):
 @patch
 def check_finite(self:FiniteGuard):
     "Raise `FloatingPointError` if the fit has to stop; count the steps that were skipped in `skipped`"
+    if self.on_nan=='stop':
+        if self.found.item(): raise FloatingPointError(self._where())
+        return
     n = self.n_bad.item()
-    if self.on_nan=='stop' and n: raise FloatingPointError(self._where())
-    if self.on_nan=='skip':
-        new,self.skipped = n-self.skipped,n
-        if new>self.n_iter/2: raise FloatingPointError(
-            f"{new} of {self.n_iter} steps of epoch {self.epoch} had to be skipped: "
-            "their loss or gradients were not finite. Try a lower rate or a longer warm-up")
-        if new: warnings.warn(f"{new} of {self.n_iter} steps of epoch {self.epoch} were skipped: not finite")
+    new,self.skipped = n-self.skipped,n
+    if new>self.n_iter/2: raise FloatingPointError(
+        f"{new} of {self.n_iter} steps of epoch {self.epoch} had to be skipped: "
+        "their loss or gradients were not finite. Try a lower rate or a longer warm-up")
+    if new: warnings.warn(f"{new} of {self.n_iter} steps of epoch {self.epoch} were skipped: not finite")
 
 # %% ../../nbs/callback/02_guard.ipynb #476203b1
 @patch
@@ -125,11 +148,11 @@ def after_fit(self:FiniteGuard):
 @patch
 def state_dict(self:FiniteGuard)->dict:
     "What a checkpoint needs"
-    return {k: getattr(self, k) for k in ('n_bad','first_bad','good','skipped')}
+    return {k: getattr(self, k) for k in ('n_good','n_bad','good','skipped')}
 
 @patch
 def load_state_dict(self:FiniteGuard, state):
     "Go on with what was counted"
-    on = lambda o: o.to(self.n_bad.device)
-    self.n_bad,self.first_bad,self.skipped = on(state['n_bad']),on(state['first_bad']),state['skipped']
+    on = lambda o: o.to(self.found.device)
+    self.n_good,self.n_bad,self.skipped = on(state['n_good']),on(state['n_bad']),state['skipped']
     self.good = {k: on(v) for k,v in state['good'].items()}

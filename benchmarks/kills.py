@@ -39,6 +39,7 @@ def digest(learn)->str:
 
 class Trap(Callback):
     "Kill this process at the `n`-th `event`; 'validate' is a batch of validation, 'phase' the beginning of a phase"
+    only_watches = True
     order = 2000
     def __init__(self, event, n): self.event,self.n = event,n
     def hit(self, event):

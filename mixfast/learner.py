@@ -10,6 +10,7 @@ __all__ = ['mix_learner']
 # %% ../nbs/04_learner.ipynb #a8864a46
 import warnings
 from functools import partial
+from itertools import count
 
 import timm, torch
 from torch import nn
@@ -17,6 +18,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.callback.training import GradientAccumulation
+from fastai.data.transforms import get_c
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
@@ -25,7 +27,7 @@ import fastai.callback.progress # fastai's progress bar
 
 from .callback.checkpoint import Checkpoint, _checkpointing
 from .callback.core import MixScheduler, ObjectiveStep, Phases, Seeds
-from .callback.distributed import _distributed, _ranks
+from .callback.distributed import _distributed, _meet, _ranks
 from .callback.guard import FiniteGuard
 from .callback.owner import _explained, _mixing
 from .callback.recorder import MixRecorder
@@ -37,12 +39,12 @@ from .objective.core import Objective
 from .objective.features import body, find_layout
 from .phases import MixPlan
 from .schedule import _check_sl_sched, get_recipe
-from .task.core import _dry_run
+from .task.core import _dry_run, _metrics_rest
 
 # %% ../nbs/04_learner.ipynb #069695cf
 def _prepare(learn):
     "Give `learn` parameter groups as a fit with phases needs them, and `learn.mix`"
-    learn.opt_func,pairs = _pair_up(learn.opt_func)
+    learn.opt_func,pairs = _pair_up(learn.opt_func, mix_splitter(learn.model, learn.splitter))
     learn.splitter = partial(mix_splitter, base=learn.splitter, pairs=pairs, wd_bn_bias=learn.wd_bn_bias)
     learn.opt = None
     learn.add_cb(MixRecorder())
@@ -107,6 +109,7 @@ def fit_mixtraining(self:Learner,
     resume:bool=False, # Go on from the last checkpoint, if there is one
 ):
     "Train all of the model by MixTraining (Algorithm 1). Raises `ValueError` or `TypeError` on bad input."
+    _meet(self)
     plan,seeds,guard = MixPlan(e_ssl, e_sl, rho),Seeds(),FiniteGuard(on_nan)
     phases = Phases(plan, alpha, alpha_sched, carry_opt)
     _check_data(self.dls, plan)
@@ -115,13 +118,13 @@ def fit_mixtraining(self:Learner,
     if resume and checkpoint is None: raise ValueError("resume=True needs checkpoint, the folder to resume from")
     ckpt = None if checkpoint is None else Checkpoint(checkpoint, every, every_steps)
     self.to_mix()
-    _dry_run(self, plan)
+    _dry_run(self, plan, self.cbs+L(cbs))
     if getattr(self.opt, 'frozen_idx', 0): self.unfreeze()
     r = get_recipe(recipe or ('vit_t' if self.mix.kind=='tokens' else 'resnet18'))
     ours = L(phases, seeds, guard, MixScheduler(plan, r.ssl, r.sl, sl_sched), *L(ckpt))
     if type(self.mix.objective).after_step is not Objective.after_step: ours.append(ObjectiveStep())
-    with _mixing(self, seeds, cbs):
-        s = self.mix.settings = _fit_settings(self, phases, r, sl_sched)
+    with _mixing(self, seeds, cbs), _metrics_rest(self):
+        s = self.mix.settings = _fit_settings(self, phases, r, sl_sched, cbs)
         with _explained(self, phases), _distributed(self, s), _checkpointing(self, ckpt, s, resume):
             _check_gathering(self, plan, self.cbs+L(cbs))
             _new_opt(self)
@@ -225,7 +228,7 @@ def mix_learner(
 )->Learner:
     "A fastai `Learner` of a timm model from scratch, ready for `fit_mixtraining`. Raises what `set_up` does."
     x = phase_dl(dls, 'ssl').one_batch()[0]
-    if n_out is None: n_out = getattr(dls, 'c', 0)
+    if n_out is None: n_out = get_c(dls)
     model = _create_backbone(arch, x, img_size=img_size, patch_size=patch_size, num_classes=n_out, **kwargs)
     if loss_func is None: loss_func = getattr(dls.train_ds, 'loss_func', CrossEntropyLossFlat())
     learn = Learner(dls, model, loss_func=loss_func, opt_func=opt_func, splitter=splitter, metrics=metrics, cbs=cbs,
@@ -235,6 +238,15 @@ def mix_learner(
     return learn
 
 # %% ../nbs/04_learner.ipynb #73e7f36a
+_nth = count()
+
+def _compile_part(part, **kwargs):
+    "`part.compile(**kwargs)`, with a limit of recompilations and fixed sizes of its own"
+    def call(*args, **kw): return part._call_impl(*args, **kw)
+    call.__code__ = call.__code__.replace(co_name=f'{type(part).__name__}_{next(_nth)}')
+    part._compiled_call_impl = torch.compile(call, **kwargs)
+
+# %% ../nbs/04_learner.ipynb #760bbece
 @patch
 def compile(self:Learner,
     **kwargs # For `torch.compile`: `mode`, `dynamic`, `backend`, ...
@@ -244,5 +256,5 @@ def compile(self:Learner,
         raise TypeError("compile() is for a mix learner, with its objective: call learn.to_mix() first")
     for o in (*body(self.model).children(), *self.mix.objective.children()):
         for part in o if isinstance(o, nn.ModuleList) else [o]:
-            if next(part.parameters(), None) is not None: part.compile(**kwargs)
+            if next(part.parameters(), None) is not None: _compile_part(part, **kwargs)
     return self

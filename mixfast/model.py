@@ -10,6 +10,7 @@ __all__ = ['fused_adamw', 'MixOutput', 'MixModel', 'phase_loss', 'plain_model', 
 # %% ../nbs/03_model.ipynb #6194b4f2
 from fnmatch import fnmatch
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn, Tensor
 from fastcore.foundation import L
 from fastcore.xtras import is_listy
 from fastai.learner import Learner
-from fastai.optimizer import OptimWrapper
+from fastai.optimizer import OptimWrapper, detuplify_pg
 from fastai.torch_core import even_mults, trainable_params
 from timm.utils import unwrap_model
 
@@ -116,14 +117,22 @@ class MixOptim(OptimWrapper):
     "An `OptimWrapper` whose groups come in pairs (see `mix_splitter`): weight decay is for the first of each"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.set_hyper('wd', self.hypers[0]['wd'])
+        if 'wd' in self.hypers[0]: self.set_hyper('wd', self.hypers[0]['wd'])
+
+    @property
+    def hypers(self)->list: # Of dicts by name, one a group
+        "The hyperparameters that have a value: torch has None for what it decides by itself, which nobody can log"
+        pgs = map(detuplify_pg, self.opt.param_groups)
+        return [{self.fwd_map.get(k, k):v for k,v in pg.items() if v is not None} for pg in pgs]
 
     def set_hyper(self,
         k, # 'lr', 'wd', 'mom', ...
         v, # A value, a list of them, or a slice, as fastai's optimizers take it
     ):
         "Set `k` for each group, each pair or all, as fastai does; decay for the first of each pair alone"
-        super().set_hyper(k, _by_pair(k, v, len(self.param_lists)//2))
+        n = len(self.opt.param_groups)//2
+        if isinstance(v, Real): self._set_hyper(k, [v, 0. if k=='wd' else v]*n) # at each step: the short way
+        else: super().set_hyper(k, _by_pair(k, v, n))
 
     def freeze_to(self,
         n:int, # Number of a pair; from the end, if negative
@@ -134,13 +143,20 @@ class MixOptim(OptimWrapper):
 # %% ../nbs/03_model.ipynb #798bf6dd
 fused_adamw = partial(MixOptim, opt=partial(torch.optim.AdamW, fused=True))
 
-def _pair_up(opt_func):
-    "`opt_func` for the groups of `mix_splitter`, and whether they should be pairs"
+# %% ../nbs/03_model.ipynb #f553f2da
+def _in_pairs(opt_func, *args, **kwargs):
+    "The `OptimWrapper` that `opt_func` builds, for groups in pairs"
+    opt = opt_func(*args, **kwargs)
+    return MixOptim(opt=opt.opt, hp_map=opt.fwd_map)
+
+def _pair_up(opt_func, params):
+    "`opt_func` for the groups of `mix_splitter`, and whether they should be pairs; tried on `params`"
     if isinstance(opt_func, OptimWrapper):
         raise TypeError("opt_func is an optimizer built for other parameters: pass partial(OptimWrapper, opt=...)")
-    cls = opt_func.func if isinstance(opt_func, partial) else opt_func
-    if cls is OptimWrapper: return partial(MixOptim, *opt_func.args, **opt_func.keywords), True
-    return opt_func, isinstance(cls, type) and issubclass(cls, MixOptim)
+    opt = opt_func(params, lr=0.)
+    if type(opt) is not OptimWrapper: return opt_func, isinstance(opt, MixOptim)
+    f = partial(opt_func)
+    return partial(_in_pairs, f.func, *f.args, **f.keywords), True
 
 # %% ../nbs/03_model.ipynb #08d0f308
 def _forget(opt, params):

@@ -154,6 +154,7 @@ def test_resume_on_other_numbers(launch, tmp_path):
     check_close(again, one)
 
 class Die(Callback):
+    only_watches = True
     order = 2000
     def __init__(self, n, training=True, only=None): self.n,self.on,self.only = n,training,only
     def after_batch(self):
@@ -313,6 +314,7 @@ from mixfast.all import *
 torch.set_num_threads(1)
 x,y = np.random.default_rng(0).integers(0, 256, (48,8,8,1)).astype(np.uint8),np.arange(48)%3
 class Die(Callback):
+    only_watches = True
     def after_batch(self):
         if len(sys.argv)>2 and self.epoch==2 and rank_distrib()==1: os.kill(os.getpid(), signal.SIGKILL)
 learn = mix_learner(mix_dls((x,y), (x[:9],y[:9]), bs=8, seed=0), 'vit_tiny_patch16_224', patch_size=2, embed_dim=32, depth=2, num_heads=2, cbs=Die())

@@ -68,6 +68,7 @@ FIT = dict(e_ssl=2, e_sl=2, recipe=HOT)
 
 class At(Callback):
     "Call `f` at the beginning of an epoch"
+    only_watches = True
     def __init__(self, epoch, f): self.at,self.f = epoch,f
     def before_epoch(self):
         if self.epoch==self.at: self.f()

@@ -14,6 +14,7 @@ import kills
 
 class Die(Callback):
     "Fail at the end of the `n`-th training step"
+    only_watches = True
     order = 2000
     def __init__(self, n): self.n = n
     def after_batch(self):
@@ -79,6 +80,7 @@ def test_samples_and_draws(make, tmp_path, monkeypatch):
     monkeypatch.setattr(BatchFlip, '__call__', flipped)
     class Switch(Callback):
         "What counts is read and drawn in training"
+        only_watches = True
         def before_train(self): on[0] = True
         def after_train(self): on[0] = False
     def new(seed):
@@ -187,6 +189,7 @@ def test_one_fit_a_folder(make, tmp_path):
 def test_an_epoch_that_is_cancelled(make, tmp_path):
     "After a resume within it, the next one is whole"
     class Cancel(Callback):
+        only_watches = True
         def before_batch(self):
             if self.training and (self.epoch,self.iter)==(0,2): raise CancelEpochException()
     learn = make(n=40)
@@ -208,6 +211,7 @@ def sigint():
 def test_ctrl_c(make, tmp_path, sigint):
     "The step is finished and saved, what was recorded is there, and the fit can go on"
     class Press(Callback):
+        only_watches = True
         def before_batch(self):
             if self.training and (self.epoch,self.iter)==(1,1): os.kill(os.getpid(), signal.SIGINT)
     ref = make()
@@ -299,6 +303,7 @@ def test_full_disk(make, tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     class Fill(Callback):
+        only_watches = True
         def before_epoch(self):
             if self.epoch==2: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
     try:

@@ -65,6 +65,7 @@ def test_a_teacher_waits_for_steps_that_are_taken(make):
 
 def test_a_teacher_is_resumed(make, tmp_path):
     class Die(Callback):
+        only_watches = True
         order = 2000
         def after_step(self):
             if self.train_iter==4: raise RuntimeError('died')
@@ -239,6 +240,17 @@ def test_an_average_in_place_of_the_model(make):
     assert np.isclose(np.average(losses[:2], weights=[8,1]), learn.mix.history.valid_loss[0])
     assert type(learn.model).__name__=='VisionTransformer'
 
+def test_an_interrupted_validation_gives_the_model_back(make):
+    "Not the average that stood in for it"
+    class EMA(Callback):
+        def before_validate(self): self.learn.model = deepcopy(self.model)
+        def after_batch(self):
+            if not self.training: raise KeyboardInterrupt
+    learn = make()
+    model,objective = learn.model,learn.mix.objective
+    with pytest.raises(KeyboardInterrupt): learn.fit_mixtraining(**FIT, cbs=EMA())
+    assert learn.model is model and learn.mix.objective is objective
+
 def test_old_names_are_accepted(make):
     with pytest.warns(FutureWarning, match='visible_only'): assert MAE(drop=True).visible_only is True
     learn = make()
@@ -281,6 +293,7 @@ class SimSiam(Objective):
 def test_two_views_are_resumed(make, tmp_path, two):
     "Other images for SSL or the same: each view blended, one pass a step; killed in each phase, and bit for bit as in peace"
     class Die(Callback):
+        only_watches = True
         order,run_valid = 2000,False
         def __init__(self, n): self.n = n
         def after_batch(self):

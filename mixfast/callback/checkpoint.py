@@ -8,7 +8,7 @@ Docs: https://mixfast.github.io/mixfast/callback/checkpoint.html.md"""
 __all__ = ['Checkpoint']
 
 # %% ../../nbs/callback/06_checkpoint.ipynb #95a808da
-import os, signal, threading
+import os, signal, threading, warnings
 from contextlib import contextmanager
 from functools import partial
 from numbers import Integral
@@ -24,25 +24,10 @@ from timm.utils import unwrap_model
 from .distributed import _once, _ranks
 from .files import _OURS, _TMP, _check_room, _load_state, _read_index, _save_state
 from .settings import _first_difference, _plain
+from .state import _by_name, _load_state_of, _lost, _state_of
 from ..data.loader import SeededDL
 
 # %% ../../nbs/callback/06_checkpoint.ipynb #134c956e
-def _offers_state(cb):
-    "Whether a callback can be saved and resumed by itself"
-    return all(hasattr(type(cb), o) for o in ('state_dict','load_state_dict'))
-
-def _state_of(cb)->dict:
-    "The state of a callback: its own, or what fastai's trackers and gradient accumulation count"
-    if _offers_state(cb): return cb.state_dict()
-    return {k: vars(cb)[k] for k in ('best','wait','count','new_best') if k in vars(cb)}
-
-def _load_state_of(cb, state):
-    "Put it back"
-    if _offers_state(cb): cb.load_state_dict(state)
-    else:
-        for k,v in state.items(): setattr(cb, k, v)
-
-# %% ../../nbs/callback/06_checkpoint.ipynb #1dfa978f
 def _fit_state(learn)->dict:
     "All that a fit has become so far; called by all processes"
     m,scaler = unwrap_model(learn.model),getattr(learn, 'scaler', None)
@@ -50,15 +35,15 @@ def _fit_state(learn)->dict:
         grads={n: p.grad for n,p in m.named_parameters() if p.grad is not None},
         scaler=scaler.state_dict() if scaler is not None else {},
         loaders=[dl.state_dict() if isinstance(dl, SeededDL) else {} for dl in learn.dls.loaders],
-        callbacks={cb.name: _state_of(cb) for cb in learn.cbs},
+        callbacks={k: _state_of(cb) for k,cb in _by_name(learn.cbs).items()}, lost=_lost(learn.cbs),
         train_iter=learn.train_iter, pct_train=learn.pct_train)
 
 # %% ../../nbs/callback/06_checkpoint.ipynb #dd25a947
 def _load_fit_state(learn, s):
     "Put back what `_fit_state` gave"
     m,dev = unwrap_model(learn.model),next(learn.model.parameters()).device
-    for cb in learn.cbs.sorted('order'):
-        if state := s['callbacks'].get(cb.name): _load_state_of(cb, state)
+    for k,cb in sorted(_by_name(learn.cbs).items(), key=lambda o: o[1].order):
+        if state := s['callbacks'].get(k): _load_state_of(cb, state)
     m.load_state_dict(s['model'])
     torchs = isinstance(learn.opt, OptimWrapper) # these place their state themselves
     learn.opt.load_state_dict(s['opt'] if torchs else to_device(s['opt'], dev))
@@ -81,7 +66,25 @@ class Checkpoint(Callback):
             if not (isinstance(v, Integral) and v>0 or k=='every_steps' and v is None):
                 raise ValueError(f"{k} must be a whole number from 1 up, got {v!r}")
         self.folder,self.every,self.every_steps = Path(folder).expanduser(),every,every_steps
-        self.state,self.stop = None,False
+        self.state,self.stop,self.warned = None,False,{}
+
+# %% ../../nbs/callback/06_checkpoint.ipynb #bc95a31b
+@patch
+def _warn(self:Checkpoint):
+    "Name the callbacks that hold what no checkpoint can"
+    new = {k:v for k,v in _lost(self.learn.cbs).items() if k not in self.warned}
+    self.warned |= new
+    for k,v in new.items(): warnings.warn(f"resume=True will not be able to go on with this fit: {_cannot(k, v)}")
+
+@patch
+def before_fit(self:Checkpoint):
+    "All callbacks have begun"
+    self._warn()
+
+def _cannot(name, holds):
+    "What to do about a callback"
+    return (f"{name} holds {holds}, which a checkpoint cannot. Give it state_dict() and load_state_dict(), or "
+            "only_watches = True if training does not depend on it")
 
 # %% ../../nbs/callback/06_checkpoint.ipynb #865f21fa
 @patch
@@ -95,6 +98,7 @@ def save(self:Checkpoint,
            if v.is_floating_point() and not v.isfinite().all()]
     if bad: raise FloatingPointError(f"weights are not finite: {bad[0]}. The last checkpoint in {self.folder} is "
                                      "from before")
+    self._warn()
     state = dict(epoch=epoch, iter=i, settings=self.settings, **_fit_state(self.learn))
     def write():
         try: _save_state(self.folder, _plain(state))
@@ -179,6 +183,9 @@ def _check_same(self:Checkpoint, learn, state):
     diff = _first_difference(state['settings'], self.settings)
     diff = diff or _first_difference(shapes(state['model']), shapes(learn.model.state_dict()))
     if diff: raise ValueError("cannot resume from {}: {} was {!r}, and is {!r}".format(self.folder, *diff))
+    for k,v in state.get('lost', {}).items():
+        if any(o.startswith(f'{k}(') for o in self.settings['callbacks'] or ()):
+            raise ValueError(f"cannot resume from {self.folder}: {_cannot(k, v)}")
 
 # %% ../../nbs/callback/06_checkpoint.ipynb #b50d6f57
 @patch

@@ -76,7 +76,11 @@ def _mixing(learn, seeds, cbs=None):
         learn._do_one_batch,learn._call_one = partial(_one_batch, learn),partial(_call_one, learn, {})
         for k in ('save','load','export'): setattr(learn, k, partial(_with_plain_model, learn, getattr(learn, k)))
         stack.callback(seeds.restore)
-        yield
+        mixed = learn.model
+        try: yield
+        except BaseException: # an average that stood in for it in validation
+            learn.model = mixed
+            raise
 
 # %% ../../nbs/callback/07_owner.ipynb #23ffa335
 def _misfortunes(learn, at):

@@ -136,6 +136,7 @@ def before_train(self:MixRecorder):
 @patch
 def after_batch(self:MixRecorder):
     "Add the losses of a training batch"
+    if self.training and not len(self.yb): raise ValueError("the training images have no labels: call fit_ssl")
     if not (self.active and self.training and self.learn.losses): return
     bs = find_bs(self.learn.yb)
     if self.world_size>1: bs /= getattr(self.dl, 'repeats', 1)

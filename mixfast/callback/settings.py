@@ -8,12 +8,14 @@ Docs: https://mixfast.github.io/mixfast/callback/settings.html.md"""
 __all__ = []
 
 # %% ../../nbs/callback/04_settings.ipynb #a57b1b35
-import re, zlib
+import inspect, re, zlib
 from dataclasses import asdict
 from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np, torch
+from fastai.callback.core import Callback
+from fastai.callback.mixup import MixHandler
 from fastcore.foundation import L
 
 from .distributed import _ranks
@@ -46,8 +48,48 @@ def _data_settings(dls, world_size=1)->dict:
     data |= {n: _fingerprint(phase_dl(dls, n), world_size) for n in ('ssl','mix','sl')}
     return data | {f'{n}_tfms': _tfms_of(phase_dl(dls, n)) for n in ('ssl','sl')}
 
+# %% ../../nbs/callback/04_settings.ipynb #74edc455
+_WATCHERS = set("""TrainEvalCallback Recorder CastToTensor DistributedTrainer MixedPrecision ProgressCallback CSVLogger
+    ShowGraphCallback HookCallback CollectDataCallback GatherPredsCallback FetchPredsCallback VerboseCallback
+    TensorBoardBaseCallback WandbCallback CometCallback AzureMLCallback MixRecorder GradCosines""".split())
+
+def _only_watches(cb)->bool:
+    "Whether a fit trains the same without this callback"
+    return getattr(type(cb), 'only_watches', False) or any(c.__name__ in _WATCHERS for c in type(cb).__mro__)
+
+# %% ../../nbs/callback/04_settings.ipynb #54c93ea4
+_half = "it keeps weights of its own beside the model's: use learn.to_bf16() or learn.to_fp16()"
+_REFUSED = dict(GatherPredsCallback="it is for get_preds", ModelToHalf=_half, NonNativeMixedPrecision=_half,
+    LRFinder="it ends a fit and takes the weights back: call learn.lr_find()",
+    ReduceLROnPlateau="it would change nothing, because the recipe sets the learning rate at every step",
+    ParallelTrainer="a model that is copied at each step has no phase: use learn.distrib_ctx() and several processes")
+
+def _check_callback(cb):
+    "Raise `ValueError` if `cb` does not go with a fit in phases"
+    for c in type(cb).__mro__:
+        why = _REFUSED.get(c.__name__)
+        if why: raise ValueError(f"cbs: {type(cb).__name__} does not go with this fit: {why}")
+
+# %% ../../nbs/callback/04_settings.ipynb #c3b8d4d4
+def _is_plain(v):
+    "Whether it is a number, a string, or a list of such"
+    return v is None or isinstance(v, (bool,str,Real)) or isinstance(v, (list,tuple)) and all(map(_is_plain, v))
+
+def _as_typed(cb)->str:
+    "A callback as one would type it"
+    args = {k: (vars(cb)[k], p.default) for k,p in inspect.signature(type(cb)).parameters.items() if k in vars(cb)}
+    if isinstance(cb, MixHandler): args['alpha'] = round(cb.distrib.concentration1.item(), 6),None
+    args = [f'{k}={v!r}' for k,(v,default) in args.items() if _is_plain(v) and v!=default]
+    return f"{type(cb).__name__}({', '.join(args)})"
+
+def _callback_settings(cbs):
+    "Those of `cbs`, callbacks or their classes, that change what is trained; None: none. Raises `ValueError`."
+    cbs = [cb() if isinstance(cb, type) else cb for cb in cbs]
+    for cb in cbs: _check_callback(cb)
+    return sorted(_as_typed(cb) for cb in cbs if isinstance(cb, Callback) and not _only_watches(cb)) or None
+
 # %% ../../nbs/callback/04_settings.ipynb #9baf92c7
-def _fit_settings(learn, phases, recipe, sl_sched)->dict:
+def _fit_settings(learn, phases, recipe, sl_sched, cbs=None)->dict:
     "All settings of a fit by name, as JSON can hold them"
     amp,opt = getattr(learn, 'mixed_precision', None),learn.opt_func(learn.splitter(learn.model), lr=0.)
     objective = learn.mix.objective.settings()
@@ -56,6 +98,7 @@ def _fit_settings(learn, phases, recipe, sl_sched)->dict:
     return dict(**fit, recipe=asdict(recipe), objective=objective.pop('name'), objective_settings=objective,
                 optimizer=type(getattr(opt, 'opt', opt)).__name__, precision=amp.amp_mode.value if amp else 'fp32',
                 wd_bn_bias=learn.wd_bn_bias, loss=type(learn.loss_func).__name__,
+                callbacks=_callback_settings(learn.cbs+L(cbs)),
                 **_data_settings(learn.dls, _ranks(learn)[1]))
 
 # %% ../../nbs/callback/04_settings.ipynb #e095b55f

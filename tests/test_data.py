@@ -435,6 +435,26 @@ def test_mixblock_names_a_file_that_it_cannot_read(tmp_path, n):
     f.write_bytes(f.read_bytes()[:60])
     with pytest.raises(RuntimeError, match=f'cannot load .*{f.name}: '): list(dls.train); list(dls.valid.new(shuffle=False))
 
+def test_mixblock_refuses_16_bits(tmp_path):
+    "Pillow would make all of them white; a class that keeps them is the user's own affair"
+    f = sorted(get_image_files(write(tmp_path/'a', 12)))[0]
+    Image.fromarray(np.full((16,16), 40_000, np.uint16)).save(f)
+    for a,b in ((tmp_path/'a', None), (write(tmp_path/'b', 12), tmp_path/'a')):
+        with pytest.raises(RuntimeError, match=rf'cannot load .*{f.name}: it has pixels of more than 8 bits \(mode I;16\): convert it first'):
+            for o in (phase_dl(item_dls(a, b), 'ssl'), item_dls(a, b).valid): list(o)
+    class Deep(PILImageBW): _open_args = dict(mode='I')
+    assert MixBlock(Deep).type_tfms[-1](f).mode=='I'
+
+def test_ssl_images_of_another_size_are_asked_for(tmp_path, make):
+    "Without a Resize the folder for SSL would be learned from at its own scale"
+    sl,ssl = write(tmp_path/'a', 16),write(tmp_path/'b', 20, size=24, seed=1)
+    learn = make(dls=item_dls(sl, ssl, item_tfms=None))
+    with pytest.raises(ValueError, match=r'images for SSL are \[24, 24\] pixels, labelled ones \[16, 16\]: add item_tfms=Resize\(16\)'): learn.fit_mixtraining(1, 1)
+    learn.fit_ssl(1); learn.fit_sl(1)
+    for kw in (dict(item_tfms=Resize(16)), dict(item_tfms=None, block=dict(ssl_item_tfms=[]))):
+        learn.dls = item_dls(sl, ssl, **kw)
+        learn.fit_mixtraining(1, 1)
+
 def test_mixblock_bad_input(tmp_path):
     (tmp_path/'empty').mkdir()
     for kw,match in ((dict(ssl=tmp_path/'empty'), 'there are none in'), (dict(ssl=[]), 'ssl has no images'), (dict(lam=2), r'lam must lie in \[0,1\]'), (dict(seed=-1), 'seed must be')):
@@ -642,12 +662,11 @@ def test_fractions():
     assert not np.array_equal(fraction(y, 10, 3), fraction(y, 10, 4)) and len(set(np.bincount(y[fraction(y, 10, 3)])))>1
     hits = np.mean([np.isin(np.arange(100), fraction(np.zeros(100), 10, s)) for s in range(2000)], 0)
     assert abs(hits-0.1).max() < 0.03 # each image as often as any other
-    (xl,yl),rest = semi_supervised((np.arange(5000), y), 25, seed=3)
-    assert np.array_equal(np.sort(np.concatenate([xl,rest])), np.arange(5000)) and np.array_equal(xl, fraction(y, 25, 3)) and np.array_equal(yl, y[xl])
+    (xl,yl),every = semi_supervised((np.arange(5000), y), 25, seed=3)
+    assert np.array_equal(every, np.arange(5000)) and np.array_equal(xl, fraction(y, 25, 3)) and np.array_equal(yl, y[xl]) # SSL has the labelled ones too
     series = pd.Series(y, index=np.arange(5000)[::-1])
     assert np.array_equal(semi_supervised((y, series), 25, seed=3)[0][1], yl) and np.array_equal(fraction(series, 25, 3, True), fraction(y, 25, 3, True))
     with pytest.raises(ValueError, match='cannot draw 1 % of each class, choose another p'): fraction(y[::50], 1, stratify=True)
-    with pytest.raises(ValueError, match='leaves no images without labels'): semi_supervised((y,y), 100)
     with pytest.raises(ValueError, match='2 % of 9 images are none'): fraction(y[:9], 2)
 
 def test_label_noise_is_uniform_over_the_others():

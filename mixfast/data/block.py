@@ -10,17 +10,21 @@ __all__ = ['MixItemDL', 'MixBlock']
 # %% ../../nbs/data/06_block.ipynb #39d276ed
 from pathlib import Path
 
+from PIL import Image
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.data.block import TransformBlock
 from fastai.data.core import Datasets
-from fastai.data.transforms import IntToFloatTensor, ToTensor, get_image_files
+from fastai.data.transforms import Categorize, EncodedMultiCategorize, IntToFloatTensor, MultiCategorize
+from fastai.data.transforms import ToTensor, get_image_files
 from fastai.vision.core import PILImage
 from fasttransform import Pipeline, Transform
 
 from ..checks import _check_seed, _check_unit
+from .cache import _check_depth
 from .derive import _Still, _stills
 from .loader import SeededDL
+from .store import _decided
 
 # %% ../../nbs/data/06_block.ipynb #c8159d3c
 class MixItemDL(SeededDL):
@@ -29,6 +33,17 @@ class MixItemDL(SeededDL):
         "Show some of what the mix phase is trained on; of a validation loader, or of `b`, what it has itself"
         mixes = b is None and self.source is None and self.dataset.split_idx!=1 and self.opts['ssl'] is not None
         return (self.mix if mixes else super()).show_batch(b, *args, **kwargs)
+
+# %% ../../nbs/data/06_block.ipynb #d9f4afc1
+@patch
+def decode(self:MixItemDL, b):
+    "As fastai does it; predictions of classes as class numbers"
+    b,tls = SeededDL.decode(self, b),getattr(self.dataset, 'tls', [])
+    if len(b)!=2 or len(tls)!=2: return b
+    tfm = next((t for t in tls[1].tfms.fs if isinstance(t, Categorize)), None)
+    if tfm is None: return b
+    y = _decided(b[1], isinstance(tfm, (MultiCategorize,EncodedMultiCategorize)))
+    return (b[0], y.as_subclass(type(b[1])))
 
 # %% ../../nbs/data/06_block.ipynb #3822bdbd
 @patch
@@ -47,6 +62,18 @@ def _ssl_tfms(self:MixItemDL)->dict:
     return dict(after_item=Pipeline(items), after_batch=Pipeline(tfms+own))
 
 # %% ../../nbs/data/06_block.ipynb #a040c5fd
+def _not_deep(f:Path|str):
+    "The path of an image. Raises `ValueError` if its pixels have more than 8 bits a channel."
+    if Path(f).suffix.lower() not in ('.jpg','.jpeg'): # which have 8
+        with Image.open(f) as im: _check_depth(im)
+    return f
+
+def _opening(cls)->list:
+    "Functions that make an image of class `cls` of a path"
+    narrow = getattr(cls, '_open_args', {}).get('mode') in ('RGB','L','RGBA')
+    return [_not_deep]*narrow + [cls.create]
+
+# %% ../../nbs/data/06_block.ipynb #9ea27ade
 def MixBlock(
     cls=PILImage, # How fastai opens an image; `PILImageBW` for grey ones
     ssl=None, # Images for SSL: a folder, a list of paths, or rows of a frame. None: the labelled ones
@@ -58,9 +85,9 @@ def MixBlock(
 )->TransformBlock:
     "A `TransformBlock` for the images of a `DataBlock` whose loaders have phases. Raises `ValueError` on bad input."
     _check_unit(lam=lam)
-    seed,opened = _check_seed(seed),Transform(cls.create)
+    seed,opened = _check_seed(seed),[Transform(o) for o in _opening(cls)]
     if ssl is not None: ssl = _open(ssl, get_ssl, cls)
-    opened.for_ssl = any(o is not None for o in (ssl, ssl_item_tfms, ssl_batch_tfms)) # see `phase_dl`
+    opened[-1].for_ssl = any(o is not None for o in (ssl, ssl_item_tfms, ssl_batch_tfms)) # see `phase_dl`
     kw = dict(ssl=ssl, lam=lam, ssl_item_tfms=ssl_item_tfms, ssl_batch_tfms=ssl_batch_tfms, seed=seed)
     return TransformBlock(type_tfms=opened, batch_tfms=IntToFloatTensor, dl_type=MixItemDL, dls_kwargs=kw)
 
@@ -70,4 +97,4 @@ def _open(ssl, get_ssl, cls):
         folder,ssl = ssl,get_image_files(ssl)
         if not len(ssl): raise ValueError(f"ssl must be a folder with images, there are none in {folder}")
     if not len(ssl): raise ValueError("ssl has no images")
-    return Datasets(ssl, [[*L(get_ssl), cls.create]], splits=[list(range(len(ssl)))]).subset(0)
+    return Datasets(ssl, [[*L(get_ssl), *_opening(cls)]], splits=[list(range(len(ssl)))]).subset(0)

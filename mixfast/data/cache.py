@@ -23,13 +23,19 @@ from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
 
 # %% ../../nbs/data/01_cache.ipynb #0b6c7605
+def _check_depth(
+    im:Image.Image, # An image, perhaps not read yet
+):
+    "Raise `ValueError` if it has more than 8 bits a channel"
+    if im.mode[0] in 'IF': raise ValueError(f"it has pixels of more than 8 bits (mode {im.mode}): convert it first")
+
 def _fit_image(
     im:Image.Image, # An image of any size and mode
     size:tuple, # Height and width, pixels
     mode:str='RGB', # Pillow's: 'RGB' or 'L'
 )->np.ndarray: # uint8 [H,W] or [H,W,3]
     "The middle of `im`, resized (bicubic, antialiased). Raises `ValueError` if it has more than 8 bits."
-    if im.mode[0] in 'IF': raise ValueError(f"it has pixels of more than 8 bits (mode {im.mode}): convert it first")
+    _check_depth(im)
     im = im.convert(mode)
     return np.asarray(im if im.size==size[::-1] else ImageOps.fit(im, size[::-1]))
 

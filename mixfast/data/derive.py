@@ -96,6 +96,7 @@ def load(self:BlendDL,
 )->tuple: # The batches of both sides
     "Both sides of a batch, each as its own loader loads it"
     (sl,ssl),(seed,tag,*at) = self.sides,key
+    if np.ndim(idxs)==1: idxs = np.stack([idxs, idxs%ssl.n], 1) # fastai's show_batch(unique=True)
     return sl.load(idxs[:,0], key), ssl.load(idxs[:,1], (seed, tag+2, *at))
 
 # %% ../../nbs/data/04_derive.ipynb #de8b989f

@@ -52,12 +52,10 @@ def semi_supervised(
     p:float, # Per cent to keep their labels
     seed:int=42, # Of the draw
     stratify:bool=False, # The same share of each class
-)->tuple: # (images, class numbers) of the labelled; images of the rest
-    "Split training data into a labelled fraction and unlabelled images: `sl` and `ssl` of `mix_dls`"
+)->tuple: # (images, class numbers) of the labelled; all images
+    "A labelled fraction of training data, and all of its images: `sl` and `ssl` of `mix_dls`"
     (x,y),i = map(np.asarray, train),fraction(train[1], p, seed, stratify)
-    rest = np.setdiff1d(np.arange(len(y)), i)
-    if not len(rest): raise ValueError("p=100 leaves no images without labels: use fraction")
-    return (x[i],y[i]), x[rest]
+    return (x[i],y[i]), x
 
 # %% ../../nbs/data/06a_labels.ipynb #59664ecc
 def noisy_labels(

@@ -16,7 +16,10 @@ import numpy as np, torch
 from fastcore.basics import patch
 from fastai.data.core import TfmdDL
 from fastai.data.load import SkipItemException
-import fastai.vision.data # teaches show_batch and show_results about images
+from fastai.data.core import show_results
+from fastai.torch_core import TensorImage
+from fastai.vision.data import get_grid
+import fastai.vision.learner # teaches show_batch and show_results about images
 
 from ..checks import _check_seed
 from .shard import ShardedDL
@@ -235,3 +238,11 @@ class MixDL(SeededDL):
     def load(self, idxs, key):
         "The images `idxs`, by one indexing; nothing about it is random"
         return self.dataset.batch(idxs)
+
+# %% ../../nbs/data/03_loader.ipynb #9ee1345c
+@show_results.dispatch
+def _show_any(x:TensorImage, y, samples, outs, ctxs=None, max_n=10, nrows=None, ncols=None, figsize=None, **kwargs):
+    "`show_results` of images and targets of any kind"
+    if ctxs is None: ctxs = get_grid(min(len(samples), max_n), nrows=nrows, ncols=ncols, figsize=figsize)
+    general = show_results.invoke(object, object, object, object, object, object)
+    return general(x, y, samples, outs, ctxs, max_n, **kwargs)

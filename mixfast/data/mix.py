@@ -80,7 +80,7 @@ def _as_in_training(ds):
 # %% ../../nbs/data/05_mix.ipynb #394e6279
 @patch
 def test_dl(self:MixDataLoaders,
-    test_items, # Arrays, PIL images or paths; with labels: (images, class numbers), or a list of (image, number)
+    test_items, # Arrays, PIL images or paths; with labels: (images, targets), or a list of (image, target)
     rm_type_tfms=None, # For fastai's sake
     with_labels:bool=False, # Are there labels in `test_items`?
     process:bool=True, # For fastai's sake
@@ -98,6 +98,7 @@ def _vocab(labelled, vocab):
         raise TypeError(f"vocab must be a list of class names, got {vocab!r}")
     if vocab is not None or labelled is None: return list(() if vocab is None else vocab)
     y = np.asarray(labelled[1])
+    if y.ndim==2 and y.dtype.kind=='b': return [str(i) for i in range(y.shape[1])]
     return [str(i) for i in range(int(y.max())+1)] if y.size and y.dtype.kind in 'iu' else []
 
 # %% ../../nbs/data/05_mix.ipynb #50a79d42
@@ -181,7 +182,7 @@ def _place(stores, device, on_device):
 
 # %% ../../nbs/data/05_mix.ipynb #149e84cf
 def mix_dls(
-    sl=None, # Labelled training data: (images uint8 [N,H,W,C] or [N,H,W], class numbers [N]). None: unlabelled only
+    sl=None, # Labelled training data: (images uint8 [N,H,W,C] or [N,H,W], targets as in `ImageStore`). None: none
     valid=None, # Labelled validation data, likewise
     ssl=None, # Images for SSL, uint8 [N,H,W,C] of any size. None: those of `sl`, and mix batches are SL batches
     lam:float=0.5, # Share of the labelled image in a mix of `sl` and `ssl`, in [0,1]

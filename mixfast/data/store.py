@@ -17,8 +17,8 @@ import numpy as np, torch
 from PIL import Image
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastai.data.transforms import Category, CategoryMap
-from fastai.losses import CrossEntropyLossFlat
+from fastai.data.transforms import Category, CategoryMap, MultiCategory, RegressionSetup
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW
 from fasttransform import ItemTransform
 from torchvision.transforms.v2 import functional as TF
@@ -50,20 +50,34 @@ def _check_images(
     return x
 
 # %% ../../nbs/data/02_store.ipynb #f15a4a2d
-def _check_labels(
-    y, # Labels [N], class numbers
-    n:int, # Images
-    c:int, # Classes
-    name:str='y', # What to call them in an error
-)->torch.Tensor: # int64 [N]
-    "Labels as the store keeps them. Raises `ValueError` or `TypeError` if they are something else."
+def _check_labels(y, n, c, name='y')->torch.Tensor:
+    "Class numbers [N] as the store keeps them, int64. Raises `ValueError` or `TypeError` if they are something else."
     y = np.asarray(y)
     if y.shape!=(n,): raise ValueError(f"{name} must have one label for each of {n} images, got shape {list(y.shape)}")
     if n and y.dtype.kind not in 'iu':
-        raise TypeError(f"{name} must be whole class numbers, got {y.dtype}: use np.unique(y, return_inverse=True)")
+        hint = "use np.unique(y, return_inverse=True)" + "; for numbers to predict, y[:,None]"*(y.dtype.kind=='f')
+        raise TypeError(f"{name} must be whole class numbers, got {y.dtype}: {hint}")
     if n and not 0<=y.min()<=y.max()<c:
         raise ValueError(f"{name} must lie in 0..{c-1} for {c} classes, got {y.min()}..{y.max()}: pass all in vocab")
     return torch.from_numpy(y.astype(np.int64))
+
+# %% ../../nbs/data/02_store.ipynb #21b10026
+def _check_targets(
+    y, # Targets: class numbers [N]; several labels, bool [N,K]; numbers, float [N,K] or of more dimensions
+    n:int, # Images
+    c:int, # Class names
+    name:str='y', # What to call them in an error
+)->torch.Tensor: # int64 [N], bool [N,K] or float32 [N,K,...]
+    "Targets as the store keeps them. Raises `ValueError` or `TypeError` if they are something else."
+    a = np.asarray(y)
+    if a.ndim<2 or len(a)!=n: return _check_labels(y, n, c, name)
+    if a.dtype.kind not in 'bf' or a.dtype.kind=='b' and a.ndim>2: raise TypeError(
+        f"{name} must be class numbers [N], bool [N,K] for several labels or float [N,K] for numbers, "
+        f"got {a.dtype} {list(a.shape)}")
+    if (c or a.dtype.kind=='b') and a.shape[1]!=c:
+        raise ValueError(f"{name} must have a column for each of {c} classes, got shape {list(a.shape)}")
+    if not np.isfinite(a).all(): raise ValueError(f"{name} must be finite numbers")
+    return torch.from_numpy(a.astype(bool if a.dtype.kind=='b' else np.float32))
 
 # %% ../../nbs/data/02_store.ipynb #f6d4469d
 def _check_vocab(vocab)->CategoryMap:
@@ -76,15 +90,15 @@ def _check_vocab(vocab)->CategoryMap:
 # %% ../../nbs/data/02_store.ipynb #93f00215
 class ImageStore:
     "Images uint8 [N,H,W,C] in memory, perhaps with labels; a batch is one indexing"
-    n_inp,loss_func,split_idx = 1,CrossEntropyLossFlat(),None
+    n_inp,split_idx = 1,None
     def __init__(self,
         x, # Images, uint8 [N,H,W,C] or [N,H,W]
-        y=None, # Class numbers [N], or None: unlabelled
+        y=None, # Class numbers [N]; several labels, bool [N,K]; numbers, float [N,K]; None: unlabelled
         vocab=(), # Class names
         name:str='x', # What to call them in an error
     ):
         self.x,self.vocab = _check_images(x, name),_check_vocab(vocab)
-        self.y = None if y is None else _check_labels(y, len(self.x), len(self.vocab), f'labels of {name}')
+        self.y = None if y is None else _check_targets(y, len(self.x), len(self.vocab), f'labels of {name}')
         self.chans = self.x.shape[3] # of a batch: grey images can be served as RGB
 
     def __len__(self): return len(self.x)
@@ -95,16 +109,25 @@ class ImageStore:
 def batch(self:ImageStore,
     idxs, # Which images, int64 [B]
 )->tuple:
-    "The images at `idxs` as uint8 [B,C,H,W], and their labels int64 [B] if there are any"
+    "The images at `idxs` as uint8 [B,C,H,W], and their targets, int64 [B] or float, if there are any"
     idxs = torch.as_tensor(idxs).to(self.x.device, non_blocking=True)
     x = self.x.index_select(0, idxs).permute(0,3,1,2).expand(-1,self.chans,-1,-1) # faster than self.x[idxs]
-    return (x,) if self.y is None else (x, self.y.index_select(0, idxs))
+    if self.y is None: return (x,)
+    y = self.y.index_select(0, idxs)
+    return (x, y.float() if y.dtype==torch.bool else y)
 
 # %% ../../nbs/data/02_store.ipynb #16fed615
 @patch(as_prop=True)
 def c(self:ImageStore)->int:
-    "Number of classes"
-    return len(self.vocab)
+    "Number of classes, or of numbers to predict for an image"
+    return len(self.vocab) if self.y is None or self.y.ndim<2 else self.y.shape[1:].numel()
+
+@patch(as_prop=True)
+def loss_func(self:ImageStore):
+    "The loss for such targets. Those of floats with class names are soft labels."
+    if self.y is None or self.y.ndim<2: return CrossEntropyLossFlat()
+    if self.y.dtype==torch.bool: return BCEWithLogitsLossFlat()
+    return CrossEntropyLossFlat(flatten=False) if self.vocab else MSELossFlat()
 
 @patch(as_prop=True)
 def shape(self:ImageStore)->tuple:
@@ -114,17 +137,36 @@ def shape(self:ImageStore)->tuple:
 # %% ../../nbs/data/02_store.ipynb #9da4656b
 @patch(as_prop=True)
 def items(self:ImageStore)->list:
-    "What `test_dl` takes: arrays [H,W,C], with their class numbers if there are any"
+    "What `test_dl` takes: arrays [H,W,C], with their targets if there are any"
     x = self.x.cpu().numpy()
     return list(x) if self.y is None else list(zip(x, self.y.tolist()))
 
+# %% ../../nbs/data/02_store.ipynb #be2c5783
+def _decided(
+    y, # Targets, or predictions that may be decided or not: class numbers [B], bool or float [B,K]
+    several:bool=False, # May there be several classes?
+)->torch.Tensor: # Class numbers [B], or bool [B,K]
+    "Which class, or classes, are meant"
+    if several: return y if y.dtype==torch.bool else y>0
+    if y.ndim<2: return y.long()
+    return (y[:,0]>0).long() if y.shape[1]==1 else y.argmax(1)
+
+# %% ../../nbs/data/02_store.ipynb #47189c0c
+@patch
+def _named(self:ImageStore, y):
+    "A target, or a prediction, as fastai shows it"
+    if not self.vocab: return RegressionSetup().decodes(y.flatten())
+    several = self.y is not None and self.y.dtype==torch.bool
+    i = _decided(y[None], several)[0]
+    return MultiCategory(self.vocab[k] for k in i.nonzero().flatten()) if several else Category(self.vocab[int(i)])
+
 @patch
 def decode(self:ImageStore,
-    o, # (image,) or (image, class number)
+    o, # (image,) or (image, target)
     full:bool=True, # For fastai's sake
 )->tuple:
     "A sample as fastai shows it, with the name of its class"
-    return (o[0], *[Category(self.vocab[int(y)]) for y in o[1:]])
+    return (o[0], *map(self._named, o[1:]))
 
 # %% ../../nbs/data/02_store.ipynb #d0351be4
 @patch
@@ -147,7 +189,7 @@ def unlabelled(self:ImageStore)->ImageStore:
 @patch
 def new_empty(self:ImageStore)->ImageStore:
     "A store of the same kind without any images, which does not hold on to them either"
-    res = ImageStore(self.x.new_empty((0,*self.x.shape[1:]), device='cpu'), None if self.y is None else [], self.vocab)
+    res = ImageStore(self.x.new_empty((0,*self.x.shape[1:]), device='cpu'), None if self.y is None else self.y[:0].cpu(), self.vocab)
     res.chans = self.chans
     return res
 

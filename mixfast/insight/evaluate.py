@@ -74,7 +74,7 @@ def knn_predict(
 # %% ../../nbs/insight/01_evaluate.ipynb #9de34147
 class KNNAccuracy(Metric):
     "Accuracy of the nearest labelled neighbours by features alone: the SSL phase's metric"
-    name,of_features = 'knn_accuracy',True
+    name,of_features,needs_labels = 'knn_accuracy',True,True
     def __init__(self,
         k:int=200, # Neighbours; capped at the number of labelled images
         t:float=0.07, # Temperature of the vote, see `knn_predict`

@@ -8,12 +8,18 @@ Docs: https://mixfast.github.io/mixfast/task/core.html.md"""
 __all__ = []
 
 # %% ../../nbs/task/00_core.ipynb #8689bd2d
-import random
+import random, warnings
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from numbers import Integral
 
 import numpy as np, torch
+from fastcore.foundation import L
+from fastai.callback.mixup import MixHandler
+from fastai.data.transforms import get_c
+from fastai.learner import AvgMetric
+from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import to_device
 
 from ..data.mix import phase_dl
@@ -34,7 +40,9 @@ def _generators_kept():
 def _two(learn, phase, views):
     "Two images of a phase on the model's device, with their targets"
     b = phase_dl(learn.dls, phase, views).one_batch()
-    cut = lambda o: tuple(cut(p) for p in o) if isinstance(o, (tuple,list)) else o[:2]
+    def cut(o):
+        if isinstance(o, (tuple,list)): return tuple(map(cut, o))
+        return o[:2].as_subclass(torch.Tensor) if torch.is_tensor(o) else o[:2]
     return to_device(tuple(map(cut, b)), next(learn.model.parameters()).device)
 
 # %% ../../nbs/task/00_core.ipynb #1ec27140
@@ -42,10 +50,11 @@ def _forward(m, x, phase):
     "What the model gives. Raises `ValueError` where it cannot take the images."
     try: return m(x, phase)
     except (RuntimeError, AssertionError, IndexError) as e:
-        shape = list((x if torch.is_tensor(x) else x[0]).shape)
-        hint = 'Create a ViT with dynamic_img_size=True to train it on several sizes. '
-        if not hasattr(body(m.backbone), 'pos_embed'): hint = ''
-        raise ValueError(f"the model cannot take images [B,C,H,W] = {shape} in the {phase} phase: {e}. {hint}") from e
+        shape,b = list((x if torch.is_tensor(x) else x[0]).shape),body(m.backbone)
+        fixed = hasattr(b, 'pos_embed') and not getattr(b, 'dynamic_img_size', False) and 'channels' not in str(e)
+        hint = '. Create a ViT with dynamic_img_size=True to train it on several sizes.' if fixed else ''
+        raise ValueError(f"the model cannot take images [B,C,H,W] = {shape} in the {phase} phase: "
+                         f"{str(e).rstrip('.')}{hint}") from e
 
 # %% ../../nbs/task/00_core.ipynb #c3056114
 def _shapes(o):
@@ -62,32 +71,99 @@ def _misfit(learn, pred, y, c, classes, e):
     name = lambda o: getattr(o, '__name__', type(o).__name__)
     m = learn.model
     head = m[-1] if hasattr(m, '__getitem__') else getattr(m, 'get_classifier', lambda: m)()
+    soft = isinstance(learn.loss_func, CrossEntropyLossFlat) and _shapes([pred])==_shapes(y) and y[0].is_floating_point()
+    hint = "For soft labels: CrossEntropyLossFlat(flatten=False)." if soft else \
+           "Change the number of outputs (n_out), the head or the loss function."
     return (f"the head, {name(head)}, predicts {_shapes(pred)} for 2 images, and {name(learn.loss_func)} "
-            f"cannot compare that with targets {_shapes(y)}: {e}. "
-            "Change the number of outputs (n_out), the head or the loss function.")
+            f"cannot compare that with targets {_shapes(y)}: {e}. {hint}")
 
 # %% ../../nbs/task/00_core.ipynb #b173a06b
+_misfits = RuntimeError,ValueError,IndexError,TypeError,AssertionError # what comes of shapes that do not fit
+
 def _check_loss(learn, out, y):
     "Raise `ValueError` unless the loss function takes the prediction and the targets"
-    c,head = getattr(learn.dls, 'c', 0),getattr(learn.model, 'num_classes', None)
+    c,head = get_c(learn.dls),getattr(learn.model, 'num_classes', None)
     classes = isinstance(c, Integral) and c>0 and len(y)==1 and y[0].ndim==1 and not y[0].is_floating_point()
-    if head==0: raise ValueError(f"the model has 0 outputs for {c} classes: pass n_out={c}")
+    if head==0:
+        what = f'{c} classes' if classes else f'targets {_shapes(y)}'
+        fits = classes or len(y)==1 and y[0].ndim<4 and y[0].is_floating_point()
+        hint = f"pass n_out={c if classes else y[0][0].numel()}" if fits else "give it a head for them"
+        raise ValueError(f"the model has 0 outputs for {what}: {hint}")
     y = [torch.full_like(o, c-1) if classes else o for o in to_device(y, 'cpu')]
     loss_func = deepcopy(learn.loss_func)
     if hasattr(loss_func, 'to'): loss_func.to('cpu')
-    try: loss = loss_func(to_device(out.pred, 'cpu'), *y)
-    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as e:
-        raise ValueError(_misfit(learn, out.pred, y, c, classes, e)) from e
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', 'Using a target size')
+        try: loss = loss_func(to_device(out.pred, 'cpu'), *y)
+        except (*_misfits, Warning) as e: raise ValueError(_misfit(learn, out.pred, y, c, classes, e)) from e
     if loss.ndim: raise ValueError(f"loss_func must give a scalar, got {list(loss.shape)}: use reduction='mean'")
 
+# %% ../../nbs/task/00_core.ipynb #1eed909c
+def _check_metrics(learn, pred, y):
+    "Raise `ValueError` unless metrics that are functions take the prediction and the targets"
+    for m in learn.metrics:
+        if type(m) is not AvgMetric: continue
+        try: m.func(to_device(pred, 'cpu'), *to_device(y, 'cpu'))
+        except _misfits as e:
+            raise ValueError(f"metrics: {m.name} cannot compare predictions {_shapes(pred)} with targets "
+                             f"{_shapes(y)}: {e}. Take a metric for such targets, or leave it out.") from e
+
+# %% ../../nbs/task/00_core.ipynb #d23b14b8
+def _check_blending(learn, cbs, y):
+    "Raise `ValueError` if a callback would blend class numbers"
+    name = next((type(cb).__name__ for cb in cbs if isinstance(cb, MixHandler)), None)
+    if name is None or getattr(learn.loss_func, 'y_int', False) or all(o.is_floating_point() for o in y): return
+    loss = getattr(learn.loss_func, '__name__', type(learn.loss_func).__name__)
+    raise ValueError(f"{name} cannot blend class numbers for {loss}: use a loss with y_int, CrossEntropyLossFlat for "
+                     "instance, or float targets")
+
 # %% ../../nbs/task/00_core.ipynb #f12c623b
-def _dry_run(learn, plan:MixPlan):
-    "Raise `ValueError` unless two images of each phase of `plan` go through the learner's model and loss"
+def _check_labelled(learn):
+    "Raise `ValueError` if a metric of the features needs class numbers, and there are none"
+    need = [m.name for m in learn.metrics if getattr(m, 'needs_labels', False)]
+    if not need: return
+    _,*y = learn.dls.train.dataset[0]
+    if not y: raise ValueError(f"metrics: {need[0]} needs labels, and the training images have none: leave it out")
+    if not torch.is_tensor(y[0]) or y[0].ndim or y[0].is_floating_point(): raise ValueError(
+        f"metrics: {need[0]} needs one class number for each image: leave it out for other targets")
+
+# %% ../../nbs/task/00_core.ipynb #3c0b4eef
+def _check_size(learn, x, x_sl):
+    "Raise `ValueError` if images for SSL, a batch or several views, have not the size of the others, and nobody says so"
+    opts = getattr(learn.dls.train, 'opts', {})
+    if opts.get('ssl_item_tfms') is not None or len(L(opts.get('ssl_batch_tfms'))): return
+    ssl,sl = [list((o if torch.is_tensor(o) else o[0]).shape[-2:]) for o in (x,x_sl)]
+    if ssl!=sl: raise ValueError(f"images for SSL are {ssl} pixels, labelled ones {sl}: add item_tfms=Resize({sl[0]}) "
+                                 "to the DataBlock, or ssl_item_tfms to its MixBlock if they are to differ")
+
+# %% ../../nbs/task/00_core.ipynb #cacba3a3
+def _dry_run(learn, plan:MixPlan, cbs=()):
+    "Raise `ValueError` unless two images of each phase of `plan` go through the learner's model, loss and metrics"
+    _check_labelled(learn)
     m = MixModel(learn.model, learn.mix.objective)
     names = [p.name for p in plan.phases]
-    with _generators_kept(), evaluating(m):
-        if 'ssl' in names: _forward(m, _two(learn, 'ssl', m.objective.views)[0], 'ssl')
+    with _generators_kept(), evaluating(m), torch.compiler.set_stance('force_eager'): # two images, once
+        if 'ssl' in names:
+            u = _two(learn, 'ssl', m.objective.views)[0]
+            _forward(m, u, 'ssl')
         if names==['ssl']: return
         x,*y = _two(learn, 'mix' if 'mix' in names else 'sl', m.objective.views if 'mix' in names else 1)
+        if 'ssl' in names: _check_size(learn, u, x)
         for name in [o for o in names if o!='ssl']: out = _forward(m, x, name)
         _check_loss(learn, out, y)
+        _check_metrics(learn, out.pred, y)
+    _check_blending(learn, cbs, y)
+
+# %% ../../nbs/task/00_core.ipynb #1a070d49
+def _if_labelled(m, learn):
+    "Let metric `m` take in a batch, if that has labels"
+    if learn.yb[0].numel(): type(m).accumulate(m, learn)
+
+@contextmanager
+def _metrics_rest(learn):
+    "In this context metrics of predictions rest where there are no labels"
+    resting = [m for m in learn.metrics if not getattr(m, 'of_features', False)]
+    for m in resting: m.accumulate = partial(_if_labelled, m)
+    try: yield
+    finally:
+        for m in resting: vars(m).pop('accumulate', None)

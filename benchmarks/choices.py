@@ -1,14 +1,15 @@
 """Where the paper is silent: what each choice does on CIFAR-10, 10 %, ViT-T, on images held out of the training split.
-A run is a line of JSON; what has one already is not run again.
+A run is a line of JSON; what has one already is not run again. On a CPU each core has its own run.
 
     python benchmarks/choices.py ~/data --scale small --seeds 2 --out experiments/choices"""
-import json, warnings
+from mixfast.cli import _quiet; _quiet() # before anything is imported that warns
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from fastcore.script import call_parse
-from fastprogress.fastprogress import progress_bar
 from mixfast.data.augment import BatchFlip, BatchResizedCrop, paper_tfms
+from mixfast.insight.parallel import _in_processes, _line, _watched
 from mixfast.objective.autoencode import MAE, patchify, random_mask
 from mixfast.paper.mixtraining import check_scale, experiment_args, experiments
 from mixfast.paper.mixtraining_runs import run_experiment
@@ -60,6 +61,16 @@ def records(f):
         except ValueError: pass
     return res
 
+def run(path, scale, hold_out, m, c, seed):
+    "The record of a method's choice"
+    e,change = experiments(1, 'cifar10', 'vit_t', 10, m).exp.item(),dict(methods[m][c])
+    if change.get('fit')==long_warmup: change['fit'] = long_warmup(experiment_args(e, scale))
+    r = run_experiment(e, seed, path, scale, hold_out=hold_out, **change)
+    keep = ('accuracy','train_seconds','scale','bf16','settings','device','commit','versions','date')
+    return dict(method=m, choice=c, seed=seed, hold_out=hold_out) | {k:r[k] for k in keep}
+
+def said(r): return _line(f"{r['method']}, {r['choice']}, seed {r['seed']}", r['train_seconds'], accuracy=r['accuracy'])
+
 @call_parse
 def main(
     path:str, # Folder with the data sets
@@ -68,18 +79,14 @@ def main(
     out:str='experiments/choices', # Folder for the records
     hold_out:int=5000, # Images to validate on
     only:str='', # Choices with this text in their name
+    jobs:int=None, # Processes; default: one a core, on a GPU one
 ):
     "Compare the choices"
-    warnings.filterwarnings('ignore')
     check_scale(scale)
     out = Path(out)/f'{scale}.jsonl'
     out.parent.mkdir(parents=True, exist_ok=True)
+    done = {(r['method'],r['choice'],r['seed'],r['hold_out']) for r in records(out)}
     runs = [(m,c,seed) for seed in range(seeds) for m in methods for c in methods[m] if only in c]
-    for m,c,seed in progress_bar(runs):
-        key = dict(method=m, choice=c, seed=seed, hold_out=hold_out)
-        if any(key.items() <= r.items() for r in records(out)): continue
-        e,change = experiments(1, 'cifar10', 'vit_t', 10, m).exp.item(),dict(methods[m][c])
-        if change.get('fit')==long_warmup: change['fit'] = long_warmup(experiment_args(e, scale))
-        r = run_experiment(e, seed, path, scale, hold_out=hold_out, **change)
-        keep = ('accuracy','train_seconds','scale','bf16','settings','device','commit','versions','date')
-        add_record(out, key | {k:r[k] for k in keep})
+    runs = [o for o in runs if (*o,hold_out) not in done]
+    results = _in_processes(partial(run, path, scale, hold_out), runs, jobs)
+    for r in _watched(results, len(runs), said): add_record(out, r)

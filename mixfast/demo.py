@@ -8,11 +8,14 @@ Docs: https://mixfast.github.io/mixfast/demo.html.md"""
 __all__ = ['VIT', 'RECIPE', 'demo_learner', 'picture', 'demo', 'main']
 
 # %% ../nbs/06_demo.ipynb #4eebb68f
-import sys, warnings
+import sys
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
-from fastcore.script import call_parse
+from fastai.callback.core import Callback, CancelValidException
+from fastai.learner import load_learner
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 
@@ -58,42 +61,58 @@ def picture(
     plt.close(fig)
 
 # %% ../nbs/06_demo.ipynb #43c5c99a
+def _export(seed, path, learn, row):
+    "Export the learner that was trained by MixTraining with `seed`"
+    if (row['seed'],row['method'])==(seed,'MixTraining'): learn.export(path)
+
+def _exported(seed, path):
+    "It again, with its images"
+    learn = load_learner(path)
+    learn.dls = demo_learner(seed).dls
+    return learn
+
+# %% ../nbs/06_demo.ipynb #bfccd59b
+class _LastEpoch(Callback):
+    "Validate in the last epoch alone"
+    def before_validate(self):
+        "Leave the others out"
+        if self.epoch+1<self.n_epoch: raise CancelValidException()
+
+# %% ../nbs/06_demo.ipynb #af402bf0
 def demo(
     epochs:int=40, # Epochs of SSL, and of SL
     rho:float=0.5, # Mix-ratio in [0,1]
     alpha:float=0.5, # Weight of the SSL loss in the mix phase, in [0,1]
     seeds:int=3, # Runs a method
     out='mixfast-demo', # Folder for the results
+    jobs:int=None, # Processes; default: one a core, on a GPU one
 ): # The table, a `DataFrame` with a row a method
     "Train by all three methods; write `runs.csv` and `demo.png` into `out`. Raises on bad input, before training."
     MixPlan(epochs, epochs, rho); _check_alpha(alpha, None)
     if seeds<1: raise ValueError(f"seeds must be 1 or more, got {seeds}")
-    out,learners = Path(out).expanduser(),[]
-    out.mkdir(parents=True, exist_ok=True)
-    def new(seed):
-        "A learner, of which the last is kept"
-        learners[:] = [demo_learner(seed)]
-        return learners[0]
-    runs = compare_methods(new, epochs, epochs, rho, alpha, seeds, save=out/'runs.csv', recipe=RECIPE)
-    picture(runs, learners[0], out/'demo.png')
+    (out := Path(out).expanduser()).mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as tmp:
+        last = seeds-1,Path(tmp)/'learner.pkl'
+        runs = compare_methods(demo_learner, epochs, epochs, rho, alpha, seeds, save=out/'runs.csv', jobs=jobs,
+                               after=partial(_export, *last), recipe=RECIPE, cbs=_LastEpoch())
+        picture(runs, _exported(*last), out/'demo.png')
     return method_table(runs)
 
 # %% ../nbs/06_demo.ipynb #e4a03f98
-@call_parse
 def main(
     epochs:int=40, # Epochs of SSL, and of SL
     rho:float=0.5, # Mix-ratio in [0,1]
     alpha:float=0.5, # Weight of the SSL loss in the mix phase, in [0,1]
     seeds:int=3, # Runs a method
     out:str='mixfast-demo', # Folder for the results
+    jobs:int=None, # Processes; default: one a core, on a GPU one
 ):
     "Train a small ViT on handwritten digits, 20 labelled images a class, by SL, SSL+SL and MixTraining"
-    warnings.filterwarnings('ignore')
     plt.switch_backend('Agg')
     print(f"1,437 digits, 20 of each class labelled; a ViT of {VIT['depth']} blocks from scratch.\n"
           f"The same labels, rates and batches for all methods: {epochs} epochs of SSL, {epochs} of SL; MixTraining\n"
           f"merges the share {rho} of them. {seeds} seeds.\n")
-    try: df = demo(epochs, rho, alpha, seeds, out)
+    try: df = demo(epochs, rho, alpha, seeds, out, jobs)
     except (ValueError, TypeError) as e: sys.exit(f'mixfast-demo: {e}')
     out = Path(out).expanduser().resolve()
     print('\n\n' + df.round(2).to_string(), f"\n\npicture: {out/'demo.png'}\nruns:    {out/'runs.csv'}", sep='')

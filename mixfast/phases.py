@@ -10,6 +10,7 @@ __all__ = ['phase_colors', 'mix_epochs', 'Phase', 'MixPlan']
 # %% ../nbs/01_phases.ipynb #88ac173e
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Integral
 
 from fastcore.basics import patch
@@ -73,17 +74,19 @@ class MixPlan:
 
     def __post_init__(self):
         "Look at the three numbers"
-        self.e_mix # raises on bad input
+        mix_epochs(self.e_ssl, self.e_sl, self.rho) # raises on bad input
         if self.e_ssl+self.e_sl==0: raise ValueError("e_ssl and e_sl are both 0: there is nothing to train")
     def __repr__(self):
         "Such as '2 ssl | 2 mix | 2 sl'"
         return ' | '.join(f'{len(p)} {p.name}' for p in self.phases)
 
 # %% ../nbs/01_phases.ipynb #a646afd7
+_mix_epochs = lru_cache(mix_epochs) # asked for in each step
+
 @patch(as_prop=True)
 def e_mix(self:MixPlan)->int:
     "Epochs that are merged, Eq. 1"
-    return mix_epochs(self.e_ssl, self.e_sl, self.rho)
+    return _mix_epochs(self.e_ssl, self.e_sl, self.rho)
 
 @patch(as_prop=True)
 def n_epoch(self:MixPlan)->int:
@@ -96,16 +99,20 @@ def sl_start(self:MixPlan)->int:
     return self.e_ssl-self.e_mix
 
 # %% ../nbs/01_phases.ipynb #6c88601e
+@lru_cache
+def _phases(plan):
+    ends = [0, plan.sl_start, plan.e_ssl, plan.n_epoch]
+    return [Phase(n,a,b) for n,a,b in zip(('ssl','mix','sl'), ends, ends[1:]) if b>a]
+
 @patch(as_prop=True)
 def phases(self:MixPlan)->list:
     "The `Phase`s in order, empty ones left out"
-    ends = [0, self.sl_start, self.e_ssl, self.n_epoch]
-    return [Phase(n,a,b) for n,a,b in zip(('ssl','mix','sl'), ends, ends[1:]) if b>a]
+    return list(_phases(self))
 
 # %% ../nbs/01_phases.ipynb #25d30340
 @patch
 def __getitem__(self:MixPlan, epoch:int)->Phase:
     "The `Phase` that `epoch` belongs to"
-    for p in self.phases:
+    for p in _phases(self):
         if epoch in p: return p
     raise IndexError(f"epoch {epoch} of a fit of {self.n_epoch} epochs")

@@ -202,14 +202,25 @@ def test_cosines_every(make):
     learn.fit_sl(1, cbs=cos)
     with pytest.raises(ValueError, match='no mix phase'): cos.plot()
 
-@pytest.mark.parametrize('arch,size', [('mobilenetv3_small_050',64), ('deit_tiny_distilled_patch16_224',224), ('convnext_atto',64), ('swin_tiny_patch4_window7_224',224), ('vgg11',64)])
-def test_last_layer_is_read_by_both_heads(arch, size):
-    "Gradients of what `features` gives reach it; it is a block, not a stage"
-    m = timm.create_model(arch, num_classes=3, **(dict(depth=2) if 'deit' in arch else {}))
+VIT = dict(embed_dim=32, depth=2, num_heads=2, img_size=32)
+@pytest.mark.parametrize('arch,name,kw', [('mobilenetv3_small_050','blocks.5.0',{}), ('deit_tiny_distilled_patch16_224','blocks.1',VIT), ('convnext_atto','stages.3.blocks.1',{}),
+    ('vgg11','features.18',{}), ('swin_tiny_patch4_window7_224','layers.3.blocks.1',dict(img_size=32, depths=(1,1,1,2))), ('vit_base_patch16_siglip_224','blocks.1',VIT),
+    ('legacy_seresnet18','layer4.1',{}), ('fasternet_t0','stages.3.blocks.1',{}), ('cait_xxs24_224','blocks.1',VIT), ('lowformer_b0','stages.3.4',{})])
+def test_last_layer_is_read_by_both_heads(arch, name, kw):
+    "Gradients of what `features` gives reach it; it is the last block, neither a stage nor a part of the classifier"
+    m = timm.create_model(arch, num_classes=3, **kw).eval()
     layer = last_layer(m)
-    f = m.forward_features(torch.randn(2, 3, size, size))
-    cos = loss_cosines(f.square().mean(), F.cross_entropy(m.train(False).forward_head(f), torch.tensor([0,1])), list(layer.parameters()))
+    assert next(n for n,o in m.named_modules() if o is layer)==name
+    f = m.forward_features(torch.randn(2, 3, 32, 32))
+    patches = f[:,m.num_prefix_tokens:] if f.ndim==3 else f # an objective need not read the class token
+    cos = loss_cosines(patches.square().mean(), F.cross_entropy(m.forward_head(f), torch.tensor([0,1])), list(layer.parameters()))
     assert 0 < abs(cos['ssl_sl']) < 1 and sum(p.numel() for p in layer.parameters()) < 0.6*sum(p.numel() for p in m.parameters())
+
+def test_cosines_of_an_attention_pooled_model(make):
+    "SigLIP's classifier reads a pooling by attention, which the objective does not: it is not the last layer"
+    learn,cos = make(arch='vit_base_patch16_siglip_224', size=32, c=3, embed_dim=32, depth=2, num_heads=2),GradCosines(every=1)
+    learn.fit_mixtraining(2, 2, rho=0.5, cbs=cos)
+    assert len(cos.history)==3 and last_layer(learn.model) is learn.model.blocks[-1] and -1 <= learn.mix.grad_cosines()['ssl_sl'] <= 1
 
 def test_speedup(make):
     "The seconds are steps times their number; one and two data sets; the end points"

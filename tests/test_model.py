@@ -3,8 +3,8 @@ import pytest, timm, torch
 from torch import nn
 
 from conftest import same, state
-from mixfast.all import (MAE, Adam, Callback, Hypers, L, MixModel, OptimWrapper, Recipe, find_layout, fused_adamw, no_decay, set_up,
-                         partial)
+from mixfast.all import (AE, MAE, Adam, Callback, Hypers, L, MixModel, OptimWrapper, Recipe, evaluating, features, find_layout,
+                         fused_adamw, logits, no_decay, partial, set_up)
 
 ARCHS = ['vit_tiny_patch16_224', 'deit_tiny_patch16_224', 'deit_tiny_distilled_patch16_224', 'resnet18', 'resnet18d', 'convnext_atto',
          'efficientnet_b0', 'swin_tiny_patch4_window7_224', 'pvt_v2_b0']
@@ -95,3 +95,31 @@ def test_two_objectives_do_not_share(make):
     o = MAE(0.5)
     a,b = make(objective=o),make(objective=o)
     assert a.mix.objective is not b.mix.objective and not hasattr(o, 'decoder')
+
+@pytest.mark.parametrize('patch,size,grid', [((2,8),(16,16),(8,2)), ((8,2),(16,16),(2,8)), ((4,8),(16,32),(4,4)), ((2,4),(24,16),(12,4))])
+def test_patches_that_are_not_square(patch, size, grid):
+    "The layout is the patch embedding's: a token's gradient lies in its own patch, of which the decoder rebuilds all pixels"
+    torch.manual_seed(0)
+    vit = dict(embed_dim=16, depth=1, num_heads=1, num_classes=3, dynamic_img_size=True)
+    m = timm.create_model('vit_tiny_patch16_224', patch_size=patch, img_size=16, **vit)
+    x = torch.randn(2, 3, *size, requires_grad=True)
+    f = features(m, x)
+    assert f.layout.grid==grid
+    for i,j in ((0,1), (grid[0]-1,0), (1,grid[1]-1)):
+        g = torch.autograd.grad(f.map()[:,:,i,j].square().sum(), x, retain_graph=True)[0].square().sum((0,1))
+        own = g.unflatten(0, (grid[0],-1)).unflatten(2, (grid[1],-1)).sum((1,3))
+        assert own.argmax()==i*grid[1]+j
+    mae = set_up(MAE(0.5), m, x.detach())
+    assert mae.decoder.pred.out_features==3*patch[0]*patch[1]
+    seen = mae.reconstruct(mae.encode(m, x), x)[0]
+    hidden = (seen==0).all(1).unflatten(1, (grid[0],-1)).unflatten(3, (grid[1],-1)) # patches are hidden as a whole
+    assert torch.equal(hidden.all(4).all(2), hidden.any(4).any(2)) and hidden.float().mean()==0.5
+    keep = set_up(MAE(0.5, visible_only=True), m, x.detach())
+    assert keep.encode(m, x).layout==f.layout
+
+def test_evaluating_leaves_nothing_cached():
+    "What a model keeps for its evaluation mode (LeViT: attention biases) is not used after the next steps of training"
+    m = timm.create_model('levit_128s', num_classes=3).train()
+    x = torch.randn(1, 3, 224, 224)
+    with evaluating(m): m(x)
+    assert m.training and not any(getattr(o, 'attention_bias_cache', None) for o in m.modules())

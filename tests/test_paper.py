@@ -7,8 +7,8 @@ from fastai.callback.core import Callback
 
 import mixfast.paper.cli as cli
 import mixfast.paper.mixtraining as ex
+import mixfast.paper.mixtraining_runs as runs
 import mixfast.paper.records as records
-from mixfast.callback.recorder import MixRecorder
 from mixfast.data.datasets import ImageData, fraction
 from mixfast.insight.machine import source_commit
 from mixfast.model import plain_model
@@ -60,7 +60,7 @@ def test_dls_of_each_kind():
     semi = experiments(8).exp
     for e in semi:
         d = experiment_dls(e, 3, '', load=fake, device='cpu')
-        assert len(d.train_ds)==150 and len(d.ssl.dataset)==150
+        assert len(d.train_ds)==150 and len(d.ssl.dataset)==(150 if e.method=='sl' else 300) # SSL has the labelled ones too
     cross = experiment_dls(next(e for e in experiments(3, 'cifar10', methods='mix').exp), 3, '', load=fake, device='cpu')
     assert cross.ssl.dataset.shape==(32,32,3) and cross.mix is not cross.sl and len(cross.sl.after_batch.fs[0].tfms)==2
     assert len(experiment_dls(replace(E10['sl'], sl_data='tinyimagenet'), 3, '', load=fake, device='cpu').sl.after_batch.fs[0].tfms)==3
@@ -84,7 +84,7 @@ def test_held_out_images_are_not_trained_on():
     assert len({frozenset(ids(o.valid_ds)) for o in got})==1 and len(ids(got[0].valid_ds))==50
     for o in got: assert not ids(o.valid_ds) & (ids(o.train_ds) | ids(o.ssl.dataset)) and 255 not in ids(o.valid_ds)
     semi = experiment_dls(next(e for e in experiments(8, methods='mix').exp), 5, '', load=lambda *_: d, device='cpu', hold_out=50)
-    assert not ids(semi.valid_ds) & (ids(semi.train_ds) | ids(semi.ssl.dataset)) and len(semi.ssl.dataset)==50
+    assert not ids(semi.valid_ds) & ids(semi.ssl.dataset) and ids(semi.train_ds) < ids(semi.ssl.dataset) and len(semi.ssl.dataset)==150
     with pytest.raises(ValueError, match='hold_out=50, but p=100 leaves 0'):
         experiment_dls(replace(E10['sl'], p=100), 5, '', load=lambda *_: d, device='cpu', hold_out=50)
 
@@ -135,16 +135,38 @@ def test_commit_is_mixfasts_or_none(tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', '')
     assert source_commit(tmp_path)==''
 
-def test_estimate(tmp_path, monkeypatch):
-    "Steps of each phase, and validation of the supervised epochs at a third of an SL step"
-    monkeypatch.setattr(MixRecorder, 'step_seconds', lambda self, n: dict(ssl=3., mix=4., sl=6.))
-    args = dict(path='', scale='tiny', load=lambda n,p: fake(n, p, n=600), device='cpu') # 60 of 600 images: one batch; 20 to validate on
-    assert estimate([(E10['mix'],0), (E10['mix'],1), (E10['sl'],0)], **args)==[3+4+6+2*2]*2+[2*6+2*2]
+def test_estimate(monkeypatch):
+    "Images of each phase, and validation of the supervised epochs at a third of an SL step; a kind of model is timed once"
+    timed = []
+    monkeypatch.setattr(runs, '_image_seconds', lambda learn, budget: (timed.append(budget), (dict(ssl=3., mix=4., sl=6.), 8))[1])
+    args = dict(path='', scale='tiny', load=lambda n,p: fake(n, p, n=600), device='cpu') # 60 of 600 images; 20 to validate on
+    got = estimate([(E10['mix'],0), (E10['mix'],1), (E10['sl'],0)], **args)
+    assert got==([60*(3+4+6)+2*20*2]*2+[60*2*6+2*20*2], 'steps of 8 images') and timed==[runs._BUDGET]
+    semi = experiments(8, methods='mix').exp.iloc[0] # half of 600 labelled, SSL on at most 256 of tiny's labelled and all others
+    assert runs._n_images(semi, '', 'tiny', args['load'])==dict(ssl=600, mix=256, sl=256, valid=20)
+    assert len(estimate([(E10['mix'],0), (replace(E10['mix'], sl_data='tinyimagenet', ssl_data='tinyimagenet'),0)], **args)[0])==2
+    assert timed[1:]==[runs._BUDGET/2]*2 # two sizes of image
     class Log(Callback):
         def after_batch(self):
             if not self.training: assert self.learn.phases.now.sl
     fit = run_experiment(E10['mix'], 0, cbs=[Log()], **args)
     assert fit['phases']==['ssl','mix','sl'] and fit['n_train']==60 and [a is None for a in fit['accuracies']]==[True,False,False]
+
+def test_steps_that_are_timed(monkeypatch):
+    "At the paper's scale few images a step on a slow machine; never more than the batch; seconds by image"
+    clock,stepped = [0.],[]
+    def steps(learn, bs):
+        def f():
+            stepped.append(bs)
+            clock[0] += 0.25*bs
+        return dict.fromkeys(('ssl','mix','sl'), f),None,None
+    monkeypatch.setattr(runs, '_steps', steps)
+    monkeypatch.setattr(runs, 'device_clock', lambda dev: clock[0])
+    monkeypatch.setattr(runs.time, 'perf_counter', lambda: clock[0])
+    dls = experiment_dls(replace(E10['mix'], p=100), 0, '', load=fake, device='cpu')
+    learn = experiment_learner(E10['mix'], dls, 'tiny')
+    assert runs._image_seconds(learn, 6.)==(dict.fromkeys(('ssl','mix','sl'), 0.25), 4) and stepped==[2]*3+[4]*3 and clock[0] < 6
+    assert runs._image_seconds(learn, 1e9)[1]==learn.dls.bs==256
 
 def test_the_fraction_is_of_the_whole_data_set(monkeypatch):
     "A quarter of TinyImageNet on the disk: 10 % are 10 % of all of it, and what it has not got is an error"
@@ -275,14 +297,20 @@ def test_commands(tmp_path, capsys, monkeypatch):
     args = '--table 1 --dataset cifar10 --model vit_t --p 10 --scale tiny --seeds 1 --out'.split()+[str(tmp_path)]
     main(args+['--dry-run'])
     out = capsys.readouterr().out
-    assert '3 runs at scale tiny, 0.0 hours' in out and out.count('cifar10 10 %, vit_t')==3 and '2 + 2 epochs' in out and not list(tmp_path.iterdir())
-    main(args+['--methods','mix','--rho','0.5','1'])
+    assert out.count('cifar10 10 %, vit_t')==3 and '2 + 2 epochs' in out and not list(tmp_path.iterdir())
+    assert re.search(r"3 runs at scale tiny\none after the other 0.0 hours, 0.0 to 0.0 minutes each: an estimate, from steps of \d+ images on this machine", out)
+    main(args+['--methods','mix','--rho','0.5','1','--jobs','1'])
+    assert capsys.readouterr().out.count('accuracy')==2 # a line a run
     assert sorted(r['exp']['rho'] for r in read_records(tmp_path))==[0.5,1.]
     report_main([str(tmp_path)])
     assert (tmp_path/'report.md').exists()
     for bad,msg in ((['--table','12'], 'table must be one of'), (['--rho','2'], r'rho must lie in'), (['--table','8','--p','10'], 'p must be one of')):
         with pytest.raises(SystemExit, match=f'mixfast-reproduce: .*{msg}'): main(bad)
     with pytest.raises(SystemExit, match='mixfast-report: .*no records'): report_main([str(tmp_path/'none')])
+    def slow(*args): print(capsys.readouterr().out.count('seed'), 'runs were listed'); return [60.]*3,'a guess'
+    monkeypatch.setitem(cli.PAPERS, 'mixtraining', replace(cli.PAPERS['mixtraining'], estimate=slow))
+    main(args[:-1]+[str(tmp_path/'new'),'--dry-run'])
+    assert capsys.readouterr().out.startswith('3 runs were listed') # before the estimate
     monkeypatch.undo()
     ex._load.cache_clear()
     with pytest.raises(SystemExit, match='no CIFAR10 in'): main(['--table','1','--dataset','cifar10','--path',str(tmp_path),'--dry-run'])
@@ -297,7 +325,7 @@ def test_two_papers_share_a_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(records, 'PAPERS', records.PAPERS.copy())
     monkeypatch.setattr(cli, 'PAPERS', records.PAPERS)
     records.add_paper(records.Paper('squares', ['tiny'], lambda p: p.add_argument('--n', type=int), lambda a: [Square(a.n)], lambda e, scale: f'{e.n} squared',
-                                    lambda runs, *_: [60.]*len(runs), run, lambda out, table: f'{len(read_records(out, "squares"))} squares'))
+                                    lambda runs, *_: ([60.]*len(runs), 'a guess'), run, lambda out, table: f'{len(read_records(out, "squares"))} squares'))
     args = ['--paper','squares','--n','3','--seeds','2','--out',str(tmp_path)]
     main([*args,'--dry-run'])
     assert capsys.readouterr().out.count('3 squared')==2

@@ -9,18 +9,18 @@ __all__ = ['RHOS', 'RATIOS', 'CPU', 'QUICK', 'GPU', 'contenders', 'in_turns', 'R
            'describe_bench', 'plot_bench', 'main']
 
 # %% ../../nbs/bench/02_core.ipynb #38a79558
-import json, sys, tempfile, time, warnings
+import json, sys, tempfile, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
-from fastcore.script import call_parse, store_true
-from fastprogress.fastprogress import progress_bar
+from fastcore.script import store_true
 from fastai.torch_core import default_device
 
 from .peers import Work, bare_fit, lightly_fit, mixfast_fit, mixfast_learner, stock_fit
 from .steps import _row, _timed, epoch_rows, gpu_rows, import_rows, step_rows
 from ..insight.machine import device_name, package_versions, peak_memory, reset_peak_memory
+from ..insight.parallel import _line, _watched
 
 # %% ../../nbs/bench/02_core.ipynb #9c9199e4
 RHOS = 0, 0.25, 0.5, 0.75, 1 # Mix-ratios that are timed
@@ -55,7 +55,8 @@ def in_turns(
 )->pd.DataFrame: # A row a fit: name, round, seconds, training seconds, MiB of memory above those before it
     "Time the fits, A B C A B C"
     turns,dev = [(i,name) for i in range(rounds+1) for name in fits],default_device()
-    rows = [dict(name=name, round=i, **_turn(fits[name], dev)) for i,name in (progress_bar(turns) if bar else turns)]
+    rows = (dict(name=name, round=i, **_turn(fits[name], dev)) for i,name in turns)
+    if bar: rows = _watched(rows, len(turns), lambda r: _line(f"round {r['round']}, {r['name']}", r['seconds']))
     return pd.DataFrame(rows).query('round>0')
 
 # %% ../../nbs/bench/02_core.ipynb #ee5eb03c
@@ -193,7 +194,6 @@ def _say(res, out):
     if 'lightly' not in secs: print('lightly did not take part: pip install "lightly>=1.6" lightning')
 
 # %% ../../nbs/bench/02_core.ipynb #f8353c8a
-@call_parse
 def main(
     quick:store_true, # Under two minutes on two cores: fewer images and rounds
     bf16:store_true, # bfloat16 autocast; on a GPU always
@@ -202,7 +202,6 @@ def main(
     out:str='bench.json', # File for the result
 ):
     "Measure how fast MixTraining is here: ratios of times taken in turns, then seconds"
-    warnings.filterwarnings('ignore')
     out = Path(out).expanduser()
     _check_bench(rounds, out)
     w = GPU if default_device().type=='cuda' else CPU

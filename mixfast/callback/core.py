@@ -11,7 +11,7 @@ __all__ = ['Phases', 'Seeds', 'MixScheduler', 'ObjectiveStep']
 import math, random
 import numpy as np, torch
 
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
 from fastai.callback.core import Callback, _inner_loop
 from fastai.callback.mixup import MixHandler
 from fastai.callback.tracker import TrackerCallback
@@ -21,7 +21,7 @@ from timm.utils import unwrap_model
 
 from .distributed import _once, _ranks
 from ..checks import _check_seed
-from ..data.loader import SeededDL
+from ..data.loader import SeededDL, _number_at
 from ..data.mix import phase_dl, valid_dl
 from ..model import phase_loss
 from ..phases import MixPlan
@@ -34,12 +34,12 @@ def _one_batch(learn):
     phase = ph.now.name if learn.training or ph.now.name=='ssl' else 'sl'
     out = learn.model(*learn.xb, phase=phase)
     learn.pred = out.pred
-    learn('after_pred')
+    learn._call_one('after_pred')
     if len(learn.yb):
         learn.loss_grad,learn.losses = phase_loss(out._replace(pred=learn.pred), learn.yb, learn.loss_func, phase,
                                                   ph.alpha)
-        learn.loss = learn.loss_grad.clone()
-    learn('after_loss')
+        learn.loss = learn.loss_grad.detach().clone() # fastai's has a graph, which nobody reads
+    learn._call_one('after_loss')
     if learn.training and len(learn.yb): learn._do_grad_opt()
 
 # %% ../../nbs/callback/01_core.ipynb #7a5fa875
@@ -51,6 +51,15 @@ def _call_one(learn, listeners, event):
     key = event,*learn.cbs
     if key not in listeners: listeners[key] = learn.ordered_cbs(event)
     for cb in listeners[key]: cb(event)
+
+def _with_events(learn, f, event, ex, final=noop):
+    "What fastai's `_with_events` does, without its list of one event"
+    try:
+        learn._call_one(f'before_{event}')
+        f()
+    except ex: learn._call_one(f'after_cancel_{event}')
+    learn._call_one(f'after_{event}')
+    final()
 
 # %% ../../nbs/callback/01_core.ipynb #659c3e91
 class Phases(Callback):
@@ -143,8 +152,7 @@ def load_state_dict(self:Phases, state):
 # %% ../../nbs/callback/01_core.ipynb #6e05e3e9
 def _place_seed(seed, epoch, training, i, rank=0)->int:
     "A number from a place in a fit"
-    key = seed, epoch, training, i, *[rank]*(rank>0)
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+    return _number_at((seed, epoch, training), i, (rank,)*(rank>0))
 
 # %% ../../nbs/callback/01_core.ipynb #321af26d
 class Seeds(Callback):

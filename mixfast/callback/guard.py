@@ -34,7 +34,7 @@ def before_fit(self:FiniteGuard):
         raise ValueError("on_nan='skip' cannot take a batch out of gradients that are gathered: use 'stop'")
     self.found = torch.zeros((), device=next(self.model.parameters()).device)
     self.n_good,self.n_bad = self.found.long(),self.found.long()
-    self.good,self.skipped,self.blocked = {},0,False
+    self.good,self.skipped = {},0
 
 # %% ../../nbs/callback/02_guard.ipynb #7a4fbbc4
 @patch
@@ -43,6 +43,7 @@ def before_train(self:FiniteGuard):
     self.params = groupby(self.model.parameters(), lambda p: (p.device, p.dtype)).values()
     self.fused = getattr(getattr(self.opt, 'opt', None), 'defaults', {}).get('fused')
     self.scaled = getattr(getattr(self.learn, 'scaler', None), 'is_enabled', bool)()
+    self.blocked = self.found if self.fused else False
 
 # %% ../../nbs/callback/02_guard.ipynb #cd12f85d
 @patch
@@ -77,7 +78,6 @@ def _find_inf(
 @patch
 def _block(self:FiniteGuard):
     "Keep the optimizer from acting, if something was found"
-    self.blocked = self.found
     if self.fused: self.opt.opt.found_inf = self.found
     elif self.on_nan=='stop': self.check_finite()
     else: self.blocked = bool(self.found) and not self.scaled
@@ -100,13 +100,13 @@ def after_backward(self:FiniteGuard):
     for ps in [] if self.scaled else self.params: _find_inf([p.grad for p in ps if p.grad is not None], self.found)
     self._block()
     if self.on_nan!='skip': return
-    self.n_bad += self.found>0
+    self.n_bad.add_(self.found>0)
     for b,old in self.before: b.copy_(torch.where(self.found>0, old, b))
 
 @patch
 def after_batch(self:FiniteGuard):
     "Count the steps before the first bad one"
-    if self.training and self.on_nan=='stop': self.n_good += self.found==0
+    if self.training and self.on_nan=='stop': self.n_good.add_(self.found==0)
 
 # %% ../../nbs/callback/02_guard.ipynb #9da6b913
 @patch

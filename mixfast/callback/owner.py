@@ -16,13 +16,14 @@ from fastcore.foundation import L
 from fastai.callback.core import Callback
 from timm.utils import unwrap_model
 
-from .core import _call_one, _one_batch
+from .core import _call_one, _one_batch, _with_events
 from .distributed import _ranks
 from .guard import _forget_inf
 from ..model import MixModel, _forget, plain_model
 
 # %% ../../nbs/callback/07_owner.ipynb #0e8ae04d
-_in_a_fit = '_do_one_batch','_call_one','_do_fit','all_batches','save','load','export' # stand in for methods
+_in_a_fit = ('_do_one_batch','_call_one','_with_events','_do_fit','all_batches', # what stands in for methods
+             'save','load','export')
 
 def _with_plain_model(learn, f, *args, **kwargs):
     "Call `f`, a method of the learner, while its model is the user's"
@@ -73,7 +74,8 @@ def _mixing(learn, seeds, cbs=None):
     with ExitStack() as stack:
         stack.callback(_restore, learn, _changed_in_a_fit(learn, cbs))
         learn.model = MixModel(learn.model, learn.mix.objective)
-        learn._do_one_batch,learn._call_one = partial(_one_batch, learn),partial(_call_one, learn, {})
+        learn._do_one_batch,learn._with_events = partial(_one_batch, learn),partial(_with_events, learn)
+        learn._call_one = partial(_call_one, learn, {})
         for k in ('save','load','export'): setattr(learn, k, partial(_with_plain_model, learn, getattr(learn, k)))
         stack.callback(seeds.restore)
         mixed = learn.model

@@ -78,7 +78,8 @@ class _SmoothLoss(AvgSmoothLoss):
     def accumulate(self, learn):
         "Take in the loss of a batch"
         self.count += 1
-        loss = learn.loss.detach().mean()
+        loss = learn.loss.detach()
+        if loss.ndim: loss = loss.mean()
         self.val = torch.lerp(loss, self.val.to(loss), self.beta)
 
 # %% ../../nbs/callback/03_recorder.ipynb #d2cdc48e
@@ -141,7 +142,8 @@ def after_batch(self:MixRecorder):
     bs = find_bs(self.learn.yb)
     if self.world_size>1: bs /= getattr(self.dl, 'repeats', 1)
     for k,v in dict(self.learn.losses, train_loss=self.learn.loss).items():
-        self.sums[k] = self.sums.get(k, 0) + v.detach().as_subclass(torch.Tensor)*bs
+        if k not in self.sums: self.sums[k] = torch.zeros((), device=v.device)
+        self.sums[k].add_(v.detach(), alpha=bs)
     self.n += bs
     now = dict(epoch=self.epoch+self.iter/self.n_iter, lr=self.recorder.lrs[-1], alpha=self.phases.alpha)
     for k,v in now.items(): self.sched[k].append(v)

@@ -10,6 +10,7 @@ __all__ = ['SeededDL', 'MixDL']
 # %% ../../nbs/data/03_loader.ipynb #7933dbaf
 import random
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import count, islice
 
 import numpy as np, torch
@@ -17,7 +18,7 @@ from fastcore.basics import patch
 from fastai.data.core import TfmdDL
 from fastai.data.load import SkipItemException
 from fastai.data.core import show_results
-from fastai.torch_core import TensorImage
+from fastai.torch_core import TensorImage, to_device
 from fastai.vision.data import get_grid
 import fastai.vision.learner # teaches show_batch and show_results about images
 
@@ -25,15 +26,18 @@ from ..checks import _check_seed
 from .shard import ShardedDL
 
 # %% ../../nbs/data/03_loader.ipynb #0749a837
-_spare = [] # NumPy's generators that no `_seeded` uses now: to make one takes longer than all else here
+def _number(*key):
+    "A number from whole numbers"
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+_spare = [] # NumPy's generators that no `_lent` uses now: to make one takes longer than all else here
 
 @contextmanager
-def _seeded(
-    *key:int, # Whole numbers from 0 up: they decide all that is random inside
+def _lent(
+    s:int, # Decides all that is random inside
     device=None, # A CUDA device whose generator is to be seeded too
 ):
-    "Python, NumPy and torch draw from generators seeded by `key`; afterwards they are as before"
-    s = int(np.random.SeedSequence(key).generate_state(1)[0])
+    "Python, NumPy and torch draw from generators seeded by `s`; afterwards they are as before"
     cuda = [device] if device is not None and torch.device(device).type=='cuda' else []
     py,npy,own = random.getstate(),np.random.get_bit_generator(),_spare.pop() if _spare else np.random.MT19937()
     np.random.set_bit_generator(own)
@@ -45,6 +49,22 @@ def _seeded(
         finally:
             random.setstate(py); np.random.set_bit_generator(npy)
             _spare.append(own)
+
+def _seeded(*key, device=None):
+    "`_lent` by a key"
+    return _lent(_number(*key), device)
+
+# %% ../../nbs/data/03_loader.ipynb #358485b6
+@lru_cache(maxsize=64)
+def _numbers(before, block, after): return [_number(*before, i, *after) for i in range(32*block, 32*block+32)]
+
+def _number_at(
+    before:tuple, # The numbers of a key before `i`
+    i:int, # One that goes up from 0
+    after:tuple=(), # The numbers after it
+)->int:
+    "`_number` of the key (*before, i, *after)"
+    return _numbers(before, i//32, after)[i%32]
 
 # %% ../../nbs/data/03_loader.ipynb #11ff8374
 class SeededDL(ShardedDL):
@@ -146,11 +166,23 @@ def _rank_key(self:SeededDL)->tuple:
 
 @patch
 def __iter__(self:SeededDL):
-    key,it = (self.seed, self.tag, self.epoch+1),TfmdDL.__iter__(self)
+    workers = self.fake_l.num_workers or self.pin_memory
+    key,it = (self.seed, self.tag, self.epoch+1),TfmdDL.__iter__(self) if workers else self._in_process()
     for self.batch_idx in count(self.start_batch):
-        with _seeded(*key, self.batch_idx, 0, *self._rank_key(), device=self.device): b = next(it, None)
+        s = _number_at(key, self.batch_idx, (0,*self._rank_key()))
+        with _lent(s, self.device): b = next(it, None)
         if b is None: return
         yield b
+
+# %% ../../nbs/data/03_loader.ipynb #cb9d4621
+@patch
+def _in_process(self:SeededDL):
+    "What fastai's `__iter__` does, without workers"
+    self.randomize()
+    self.before_iter()
+    self._DataLoader__idxs = self.get_idxs()
+    for b in self.create_batches(self.sample()): yield self.after_batch(to_device(b, self.device))
+    self.after_iter()
 
 # %% ../../nbs/data/03_loader.ipynb #c8f669ef
 @patch

@@ -8,10 +8,12 @@ Docs: https://mixfast.github.io/mixfast/insight/compare.html.md"""
 __all__ = ['METHODS', 'compare_methods', 'method_table']
 
 # %% ../../nbs/insight/04_compare.ipynb #dd705ac8
+from functools import partial
+
 import pandas as pd
 from fastai.torch_core import set_seed
-from fastprogress.fastprogress import progress_bar
 
+from .parallel import _in_processes, _line, _n_jobs, _watched
 from ..phases import MixPlan
 
 # %% ../../nbs/insight/04_compare.ipynb #d12c7522
@@ -26,16 +28,32 @@ def _metric(learn):
     return names[0]
 
 # %% ../../nbs/insight/04_compare.ipynb #fbc47829
-def _run(new_learner, seed, method, **kwargs):
+def _run(new_learner, after, seed, method, **kwargs):
     "Train a learner by a method: a row of `compare_methods`"
     set_seed(seed, reproducible=True)
     learn = new_learner(seed)
     name = _metric(learn)
     with learn.no_bar(), learn.no_logging(): learn.fit_mixtraining(**kwargs | METHODS[method])
-    return {'method':method, 'seed':seed, name:learn.mix.history[name].iloc[-1],
-            'seconds':sum(learn.mix.seconds.values())}
+    row = {'method':method, 'seed':seed, name:float(learn.mix.history[name].iloc[-1]),
+           'seconds':sum(learn.mix.seconds.values())}
+    if after: after(learn, row)
+    return row
 
 # %% ../../nbs/insight/04_compare.ipynb #4a6a391d
+def _longest_first(runs, args):
+    "Pairs of seed and method by the number of their epochs"
+    return sorted(runs, key=lambda o: -MixPlan(**args | METHODS[o[1]]).n_epoch)
+
+def _place(row):
+    "Where a row belongs in the table"
+    return row['seed'],list(METHODS).index(row['method'])
+
+def _said(row):
+    "A row in words"
+    name = list(row)[2]
+    return _line(f"{row['method']:12} seed {row['seed']}", row['seconds'], **{name:row[name]})
+
+# %% ../../nbs/insight/04_compare.ipynb #da2f37a2
 def compare_methods(
     new_learner, # Function of a seed that gives a new learner with a metric
     e_ssl:int, # Epochs of SSL
@@ -44,15 +62,19 @@ def compare_methods(
     alpha:float=0.5, # Weight of the SSL loss in MixTraining, in [0,1]
     seeds:int=3, # Runs a method
     save=None, # CSV that each run is written to when it is done
-    bar:bool=True, # Show a progress bar?
+    bar:bool=True, # Show a progress bar? Where nobody sees it move, a line for each run
+    jobs:int=1, # Processes, with one thread each if there are several; None: one a core. On a GPU it is always one
+    after=None, # Function of a trained learner and its row, called where it was trained: to export it, ...
     **kwargs # For `fit_mixtraining`: `recipe`, `cbs`, ...
 )->pd.DataFrame: # A row a run: method, seed, the first metric of the last epoch, training seconds
     "Train by all three methods. `method_table` and `plot_methods` show what comes of it."
-    MixPlan(e_ssl, e_sl, rho)
+    MixPlan(**(args := dict(e_ssl=e_ssl, e_sl=e_sl, rho=rho)))
     if seeds<1: raise ValueError(f"seeds must be 1 or more, got {seeds}")
     rows,runs = [],[(s,m) for s in range(seeds) for m in METHODS]
-    for seed,method in progress_bar(runs) if bar else runs:
-        rows.append(_run(new_learner, seed, method, e_ssl=e_ssl, e_sl=e_sl, rho=rho, alpha=alpha, **kwargs))
+    if (jobs := _n_jobs(jobs, len(runs)))>1: runs = _longest_first(runs, args)
+    results = _in_processes(partial(_run, new_learner, after, alpha=alpha, **args, **kwargs), runs, jobs)
+    for row in _watched(results, len(runs), _said) if bar else results:
+        rows = sorted([*rows, row], key=_place)
         if save is not None: pd.DataFrame(rows).to_csv(save, index=False)
     return pd.DataFrame(rows)
 

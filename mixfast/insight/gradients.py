@@ -9,6 +9,7 @@ __all__ = ['PAPER_COSINES', 'last_layer', 'loss_cosines', 'GradCosines']
 
 # %% ../../nbs/insight/02_gradients.ipynb #68388446
 import math
+from itertools import takewhile
 
 import pandas as pd, torch
 from fastcore.basics import patch
@@ -22,16 +23,23 @@ from ..model import MixModel, phase_loss, plain_model
 from ..objective.features import body, evaluating
 
 # %% ../../nbs/insight/02_gradients.ipynb #d07b9b15
-_HEADS = {'head','head_dist','fc','classifier','pre_logits','conv_head'} # what timm's `forward_head` reads
+_HEADS = {'head','head_dist','fc','classifier','pre_logits','conv_head','attn_pool', # used by timm's `forward_head`
+          'blocks_token_only','cls_attn_blocks'} # blocks that class tokens alone go through
+
+def _before_pooling(m):
+    "The children of `m` with matrices that come before pooling and classifier"
+    children = takewhile(lambda o: o[0]!='global_pool', m.named_children())
+    return [o for n,o in children if n not in _HEADS and any(p.ndim>1 for p in o.parameters())]
 
 def last_layer(
     backbone:nn.Module, # A timm model, or fastai's `Sequential(body, head)`
 )->nn.Module:
-    "The last block of a backbone before pooling and classifier: the last child with matrices, of the last of lists"
+    "The last block of a backbone before pooling and classifier: the last child, of the last of lists or stages"
     m = body(backbone)
     while True:
-        m = [o for n,o in m.named_children() if n not in _HEADS and any(p.ndim>1 for p in o.parameters())][-1]
-        if not (isinstance(m, (nn.Sequential, nn.ModuleList)) or hasattr(m, 'blocks')): return m
+        m = _before_pooling(m)[-1]
+        m = getattr(m, 'blocks', m) # of a stage
+        if not isinstance(m, (nn.Sequential, nn.ModuleList)): return m
 
 # %% ../../nbs/insight/02_gradients.ipynb #1dc12f77
 def _dot(a, b):

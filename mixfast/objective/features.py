@@ -65,6 +65,12 @@ def body(
     return m.model if isinstance(m, TimmBody) else m
 
 # %% ../../nbs/objective/00_features.ipynb #6970f87f
+def _patches(m, size):
+    "Rows and columns that timm model `m` cuts images of `size` into, if it says so; else height and width"
+    embed = next((o for o in m.children() if hasattr(o, 'dynamic_feat_size')), None)
+    return size if embed is None else embed.dynamic_feat_size(tuple(size))
+
+# %% ../../nbs/objective/00_features.ipynb #55f3e18e
 def layout(
     model:nn.Module, # The model that gave the features
     t:Tensor, # Features as it gave them
@@ -79,8 +85,10 @@ def layout(
     if isinstance(t, Tensor) and t.ndim==3:
         prefix = getattr(m, 'num_prefix_tokens', 0)
         n = t.shape[1]-prefix
-        h = max(round(math.sqrt(n*size[0]/size[1])), 1)
-        if h*(n//h)==n: return Layout('tokens', (h, n//h), t.shape[2], prefix)
+        rows,cols = _patches(m, size)
+        h = max(round(math.sqrt(n*rows/cols)), 1)
+        w = n//h
+        if h*w==n and abs(h*cols-w*rows)<max(rows, cols): return Layout('tokens', (h,w), t.shape[2], prefix)
     what = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
     raise TypeError(f"{type(m).__name__} gives features {what} for images of {size[0]}x{size[1]}; "
                     "an objective needs tokens [B,N,D] that tile the image, or a map [B,D,h,w].")
@@ -121,11 +129,12 @@ def evaluating(
     model:nn.Module, # Any model
 ):
     "`model` in evaluation mode and without gradients, and then as it was"
-    flags = [(m, m.training) for m in model.modules()]
+    on = {m for m in model.modules() if m.training}
     try:
         with no_grad(): yield model.eval()
     finally:
-        for m,on in flags: m.training = on
+        model.train(model in on)
+        for m in model.modules(): m.training = m in on
 
 # %% ../../nbs/objective/00_features.ipynb #9cbb8eef
 def find_layout(

@@ -8,7 +8,7 @@ Docs: https://mixfast.github.io/mixfast/paper/cli.html.md"""
 __all__ = ['main', 'report_main']
 
 # %% ../../nbs/paper/05_cli.ipynb #5c282e43
-import argparse, sys, warnings
+import argparse, sys
 
 import matplotlib.pyplot as plt
 
@@ -36,22 +36,31 @@ def _parser(
     a('--out', default='runs', help='folder for the records')
     a('--scale', choices=paper.scales, default=paper.scales[0], help='small: a small model and few epochs, for a CPU')
     a('--fp32', action='store_true', help='train in float32 rather than in bfloat16 autocast')
+    a('--jobs', type=int, help=f'processes, with one thread each if there are several; default: 1 at scale '
+                               f'{paper.scales[0]} and on a GPU, else one a core')
     a('--dry-run', action='store_true', help='list the runs and the estimated time')
     return p
 
 # %% ../../nbs/paper/05_cli.ipynb #cf715e16
 def _list(paper, runs, a):
     "Print the runs and how long they will take"
-    secs = paper.estimate(runs, a.path, a.scale, not a.fp32)
-    for (e,s),t in zip(runs, secs): print(f'{t/60:7.1f} min  seed {s}  {paper.describe(e, a.scale)}')
-    print(f'{len(runs)} runs at scale {a.scale}, {sum(secs)/3600:.1f} hours')
+    for e,s in runs: print(f'seed {s}  {paper.describe(e, a.scale)}')
+    print(f'{len(runs)} runs at scale {a.scale}', flush=True)
+    if not runs: return
+    secs,how = paper.estimate(runs, a.path, a.scale, not a.fp32)
+    print(f'one after the other {sum(secs)/3600:.1f} hours, {min(secs)/60:.1f} to {max(secs)/60:.1f} minutes each: '
+          f'an estimate, from {how} on this machine')
 
 # %% ../../nbs/paper/05_cli.ipynb #fbba0ec1
+def _jobs(paper, a):
+    "Processes: those asked for, else one at the paper's scale and one a core (None) at others"
+    return 1 if a.jobs is None and a.scale==paper.scales[0] else a.jobs
+
+# %% ../../nbs/paper/05_cli.ipynb #fa107144
 def main(
     args:list=None, # What was typed after the command; default: as the shell says
 ):
     "`mixfast-reproduce`"
-    warnings.filterwarnings('ignore')
     paper = PAPERS[_paper_arg().parse_known_args(args)[0].paper]
     p = _parser(paper)
     a = p.parse_args(args)
@@ -60,8 +69,8 @@ def main(
         exps = paper.settings(a)
         runs = missing_runs(exps, a.seeds, a.out, a.scale, not a.fp32)
         if a.dry_run: return _list(paper, runs, a)
-        print(f'{len(runs)} runs are missing at scale {a.scale}')
-        paper.reproduce(exps, a.path, a.out, a.seeds, a.scale, not a.fp32)
+        print(f'{len(runs)} runs are missing at scale {a.scale}', flush=True)
+        paper.reproduce(exps, a.path, a.out, a.seeds, a.scale, not a.fp32, _jobs(paper, a))
     except (ValueError, TypeError, OSError) as e: sys.exit(f'mixfast-reproduce: {e}')
 
 # %% ../../nbs/paper/05_cli.ipynb #b4444f6f

@@ -47,7 +47,7 @@ class Experiment:
     rho:float=0.          # Mix-ratio
     alpha:float=0.5       # Weight of the SSL loss in the mix phase
     alpha_sched:str=''    # '', 'linear' or 'cosine'
-    semi:bool=False       # `p` % labelled, the rest for SSL without labels
+    semi:bool=False       # `p` % labelled; SSL has all images, without labels
     noise:float=0.        # Probability of a wrong label
     mixup:bool=False      # MixUp in supervised epochs
 
@@ -160,16 +160,16 @@ def _share(name, n, p):
 
 # %% ../../nbs/paper/02_mixtraining.ipynb #d7e1eef1
 def _pick(e, y, share, seed, hold_out):
-    "Numbers of the images to train on, `share` per cent of those with labels `y`; of those to hold out; of the rest"
+    "Numbers of the images to train on, `share` per cent of those with labels `y`; of those to hold out"
     i = fraction(y, share, seed)
     rest = np.random.default_rng(seed).permutation(np.setdiff1d(np.arange(len(y)), i))
     if hold_out>len(rest): raise ValueError(f"hold_out={hold_out}, but p={e.p} leaves {len(rest)} images aside")
-    return i,rest[:hold_out],rest[hold_out:]
+    return i,rest[:hold_out]
 
 # %% ../../nbs/paper/02_mixtraining.ipynb #1862fb08
-def _ssl_images(e, x, rest, path, load, n):
-    "Images for SSL that SL has not; None if both have the same"
-    if e.semi and e.method!='sl': return x[np.sort(rest)]
+def _ssl_images(e, x, held, path, load, n):
+    "Images for SSL; None if they are those of SL"
+    if e.semi and e.method!='sl': return np.delete(x, held, axis=0)
     if e.ssl_data in ('', e.sl_data): return None
     x = (load or _load)(e.ssl_data, path).train[0]
     if not load: _share(e.ssl_data, len(x), 100) # all of them, or none
@@ -189,11 +189,11 @@ def experiment_dls(
     "The loaders of an experiment: the same images for every method. The validation set is the test split."
     s,data = check_scale(scale),(load or _load)(e.sl_data, path)
     (x,y),valid,n = data.train,data.valid,s['n']
-    i,held,rest = _pick(e, y, e.p if load else _share(e.sl_data, len(y), e.p), seed, hold_out)
+    i,held = _pick(e, y, e.p if load else _share(e.sl_data, len(y), e.p), seed, hold_out)
     if hold_out: valid = x[held],y[held]
     ys = noisy_labels(y[i], e.noise, len(data.vocab), seed) if e.noise else y[i]
     args = dict(bs=s['bs'], tfms='tinyimagenet' if e.sl_data=='tinyimagenet' else 'cifar') | kwargs
-    return mix_dls((x[i][:n],ys[:n]), tuple(o[:n] for o in valid), ssl=_ssl_images(e, x, rest, path, load, n),
+    return mix_dls((x[i][:n],ys[:n]), tuple(o[:n] for o in valid), ssl=_ssl_images(e, x, held, path, load, n),
                    vocab=data.vocab, device=device, seed=seed, **args)
 
 # %% ../../nbs/paper/02_mixtraining.ipynb #f06253bc

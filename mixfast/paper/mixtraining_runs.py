@@ -8,7 +8,7 @@ Docs: https://mixfast.github.io/mixfast/paper/mixtraining_runs.html.md"""
 __all__ = ['run_experiment', 'estimate', 'reproduce']
 
 # %% ../../nbs/paper/03_mixtraining_runs.ipynb #6b18c1d2
-import time
+import math, time
 from dataclasses import asdict
 from functools import partial
 
@@ -18,13 +18,15 @@ from fastprogress.fastprogress import progress_bar
 from fastai.callback.core import Callback, CancelValidException
 from fastai.torch_core import set_seed
 
+from ..insight.cost import _device, _steps
 from ..insight.gradients import GradCosines
-from ..insight.machine import device_name, package_versions, peak_memory, reset_peak_memory, source_commit
-from .mixtraining import (SCALES, Experiment, _load, check_scale, describe, experiment_args,
-                                       experiment_dls, experiment_learner, scaled)
+from ..insight.machine import (device_clock, device_name, package_versions, peak_memory, reset_peak_memory,
+                                     source_commit)
+from ..insight.parallel import _line, _looked_at, _n_jobs
+from .mixtraining import (SCALES, Experiment, _load, _share, _ssl_images, check_scale, describe,
+                                       experiment_args, experiment_dls, experiment_learner, scaled)
 from .records import missing_runs, new_record, run_missing
 from ..phases import MixPlan
-import mixfast.insight.cost # learn.mix.predict_seconds
 
 # %% ../../nbs/paper/03_mixtraining_runs.ipynb #d089daac
 def _settings(args, scale):
@@ -83,12 +85,38 @@ def run_experiment(
     return new_record(e, seed, scale, bf16, **measured, settings=_settings(args, scale), **_where(dev))
 
 # %% ../../nbs/paper/03_mixtraining_runs.ipynb #f626b299
-def _seconds(e, learn, steps, scale):
-    "Of an experiment by those of a step of each phase; a step of validation is taken for a third of one of SL"
-    s = scaled(e, scale)
-    return learn.mix.predict_seconds(s.rho, s.e_ssl, s.e_sl, steps) + s.e_sl*len(learn.dls.valid)*steps['sl']/3
+def _image_seconds(learn, budget):
+    "By phase: seconds of a training step for an image of it; how many images that step had"
+    n,dev,start = 1,_device(learn),time.perf_counter()
+    with torch.random.fork_rng():
+        while True:
+            n,secs,begun = min(2*n, learn.dls.bs),{},time.perf_counter()
+            for p,f in _steps(learn, n)[0].items():
+                t = device_clock(dev)
+                f()
+                secs[p] = (device_clock(dev)-t)/n
+            now = time.perf_counter()
+            if n==learn.dls.bs or now-start+2*(now-begun)>budget: return secs,n # twice the images take twice as long
 
 # %% ../../nbs/paper/03_mixtraining_runs.ipynb #276e913a
+def _n_images(e, path, scale, load):
+    "Images of an epoch of each phase, and of a validation"
+    (x,y),valid = (data := (load or _load)(e.sl_data, path)).train,data.valid
+    most = check_scale(scale)['n'] or math.inf
+    sl = min(round(len(y)*(e.p if load else _share(e.sl_data, len(y), e.p))/100), most)
+    ssl = _ssl_images(e, x, [], path, load, check_scale(scale)['n'])
+    return dict(ssl=sl if ssl is None else len(ssl), mix=sl, sl=sl, valid=min(len(valid[1]), most))
+
+# %% ../../nbs/paper/03_mixtraining_runs.ipynb #ab1bd5aa
+def _seconds(e, n, secs, scale):
+    "Of an experiment by those of an image; to validate is taken for a third of an SL step"
+    s = scaled(e, scale)
+    train = sum(len(p)*n[p.name]*secs[p.name] for p in MixPlan(s.e_ssl, s.e_sl, s.rho).phases)
+    return train + s.e_sl*n['valid']*secs['sl']/3
+
+# %% ../../nbs/paper/03_mixtraining_runs.ipynb #080292da
+_BUDGET = 15. # Seconds of all steps that are timed, about
+
 def estimate(
     runs:list, # Of `missing_runs`
     path, # Folder with the data sets
@@ -96,15 +124,17 @@ def estimate(
     bf16:bool=True, # In bfloat16 autocast
     load=None, # As in `experiment_dls`
     device=None, # Default: fastai's
-)->list: # Seconds of each run on this machine
+)->tuple: # Seconds of each run on this machine, one after the other; from what they are estimated, in words
     "How long runs will take, from the time of a few steps"
-    steps,secs = {},{}
-    for e in dict.fromkeys(e for e,_ in runs): # the seed does not matter
-        k = e.model,e.sl_data
-        learn = experiment_learner(e, experiment_dls(e, 0, path, scale, load, device), scale, bf16)
-        if k not in steps: steps[k] = learn.mix.step_seconds(n=3)
-        secs[e] = _seconds(e, learn, steps[k], scale)
-    return [secs[e] for e,_ in runs]
+    kinds,exps = {},sorted({e for e,_ in runs}, key=lambda e: e.p) # the first of a kind has the fewest images to load
+    for e in exps: kinds.setdefault((e.model, (load or _load)(e.sl_data, path).train[0].shape[1:3]), []).append(e)
+    secs,ns = {},set()
+    for same in kinds.values():
+        learn = experiment_learner(same[0], experiment_dls(same[0], 0, path, scale, load, device), scale, bf16)
+        each,n = _image_seconds(learn, _BUDGET/len(kinds))
+        secs |= {e: _seconds(e, _n_images(e, path, scale, load), each, scale) for e in same}
+        ns.add(n)
+    return [secs[e] for e,_ in runs],f"steps of {' to '.join(map(str, sorted({min(ns),max(ns)})))} images"
 
 # %% ../../nbs/paper/03_mixtraining_runs.ipynb #5f5edf94
 class _Tick(Callback):
@@ -135,10 +165,22 @@ def begin(self:_Bar, e, seed):
     return [_Tick(partial(self.tick, e.p))]
 
 @patch
+def end(self:_Bar, rec):
+    "Go on by all epochs of a run that is done"
+    e = Experiment(**rec['exp'])
+    self.tick(_epochs(e, self.scale)*e.p)
+
+@patch
 def tick(self:_Bar, n):
     "Go on by `n`"
     self.done += n
     self.pb.update(self.done)
+
+# %% ../../nbs/paper/03_mixtraining_runs.ipynb #fd3e8bc0
+def _said(rec):
+    "A record in a line"
+    e = scaled(Experiment(**rec['exp']), rec['scale'])
+    return _line(f"{describe(e)}, seed {rec['seed']}", rec['train_seconds'], accuracy=rec['accuracy'])
 
 # %% ../../nbs/paper/03_mixtraining_runs.ipynb #e68fc666
 def reproduce(
@@ -148,15 +190,20 @@ def reproduce(
     seeds:int=4, # Runs an experiment
     scale:str='paper', # A key of `SCALES`
     bf16:bool=True, # Train in bfloat16 autocast
+    jobs:int=1, # Processes, with one thread each if there are several; None: one a core. On a GPU it is always one
     load=None, # As in `experiment_dls`
     device=None, # Default: fastai's
-    bar:bool=True, # Show a progress bar?
+    bar:bool=True, # Show a progress bar? Where nobody sees it move, a line for each run
 )->list: # The new records
     "Run what is missing; a record is written as soon as its run is done"
     check_scale(scale)
     runs = missing_runs(exps, seeds, out, scale, bf16)
     for name in {o for e,_ in runs for o in (e.sl_data,e.ssl_data) if o}: (load or _load)(name, path)
-    pb = _Bar(runs, scale) if bar and runs else None
-    def run(e, seed):
-        return run_experiment(e, seed, path, scale, bf16, load, device, cbs=pb.begin(e, seed) if pb else [])
-    return run_missing(exps, run, out, seeds, scale, bf16)
+    jobs = _n_jobs(jobs, len(runs), device)
+    pb = _Bar(runs, scale) if bar and runs and _looked_at() else None
+    begin = pb.begin if pb and jobs==1 else lambda e, seed: []
+    def run(e, seed): return run_experiment(e, seed, path, scale, bf16, load, device, cbs=begin(e, seed))
+    def done(rec):
+        if pb and jobs>1: pb.end(rec)
+        elif bar and not pb: print(_said(rec), flush=True)
+    return run_missing(exps, run, out, seeds, scale, bf16, jobs, done, device)

@@ -6,7 +6,7 @@ Docs: https://mixfast.github.io/mixfast/paper/records.html.md"""
 
 # %% auto #0
 __all__ = ['POLL', 'PAPERS', 'add_record', 'read_records', 'new_record', 'record_paper', 'run_id', 'record_id', 'missing_runs',
-           'claimed_runs', 'run_missing', 'Paper', 'add_paper']
+           'run_missing', 'Paper', 'add_paper']
 
 # %% ../../nbs/paper/00_records.ipynb #8b6bdc5e
 import hashlib, json, os, time
@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from ..insight.parallel import _in_processes
 
 # %% ../../nbs/paper/00_records.ipynb #b7cad184
 def add_record(
@@ -104,29 +106,17 @@ def _lock(out, run):
     return FileLock(out/'locks'/f'{name}.lock', timeout=0)
 
 # %% ../../nbs/paper/00_records.ipynb #bc897204
-def _claim(runs, out):
-    "The first run that nobody else has, and its lock; None if there is none"
-    for run in runs:
-        lock = _lock(out, run)
-        try: lock.acquire()
-        except Timeout: continue
-        return run,lock
+def _claimed(run, out, scale, bf16, e, seed):
+    "Run, and write the record; None if another process runs it, or has done so"
+    try:
+        with _lock(out, (e,seed)):
+            if (e,seed) not in missing_runs([e], seed+1, out, scale, bf16): return
+            rec = run(e, seed)
+            add_record(out/f'{scale}.jsonl', rec)
+            return rec
+    except Timeout: pass
 
 # %% ../../nbs/paper/00_records.ipynb #058c6fa8
-def claimed_runs(
-    missing, # Function that gives the runs without a record
-    out:Path, # Folder of records
-):
-    "The missing runs one by one, each claimed while it is run. Those of others are done by them, or taken over."
-    while runs := missing():
-        got = _claim(runs, out)
-        if not got: time.sleep(POLL); continue
-        run,lock = got
-        try:
-            if run in missing(): yield run
-        finally: lock.release()
-
-# %% ../../nbs/paper/00_records.ipynb #6b624afa
 def run_missing(
     exps, # Settings, all of one class
     run, # Function of a setting and a seed: trains and gives the record
@@ -134,13 +124,19 @@ def run_missing(
     seeds:int, # Seeds 0 to `seeds`-1
     scale:str, # How large; the file's name
     bf16:bool=True, # In bfloat16 autocast
+    jobs:int=1, # Processes, with one thread each if there are several; None: one a core. On a GPU it is always one
+    done=None, # Function that is called with each new record
+    device=None, # That runs are on; default: fastai's
 )->list: # The new records
     "Run what has no record; a record is written as soon as its run is done"
     out,res = Path(out).expanduser(),[]
     (out/'locks').mkdir(parents=True, exist_ok=True)
-    for e,seed in claimed_runs(partial(missing_runs, exps, seeds, out, scale, bf16), out):
-        res.append(run(e, seed))
-        add_record(out/f'{scale}.jsonl', res[-1])
+    while runs := missing_runs(exps, seeds, out, scale, bf16):
+        n = len(res)
+        for rec in filter(None, _in_processes(partial(_claimed, run, out, scale, bf16), runs, jobs, device)):
+            res.append(rec)
+            if done: done(rec)
+        if len(res)==n: time.sleep(POLL)
     return res
 
 # %% ../../nbs/paper/00_records.ipynb #dc9e8fa5
@@ -152,8 +148,8 @@ class Paper:
     add_args:callable  # Adds to a parser the arguments that choose settings
     settings:callable  # Function of the parsed arguments: the settings. Raises `ValueError`
     describe:callable  # Function of a setting and a scale: a line of text
-    estimate:callable  # Function of runs, path, scale, bf16: seconds of each
-    reproduce:callable # Function of settings, path, out, seeds, scale, bf16: runs what is missing
+    estimate:callable  # Function of runs, path, scale, bf16: seconds of each, and from what they are estimated
+    reproduce:callable # Function of settings, path, out, seeds, scale, bf16, jobs: runs what is missing
     report:callable    # Function of a folder of records and a table: writes the report, gives its path
 
 # %% ../../nbs/paper/00_records.ipynb #81515b89

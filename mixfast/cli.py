@@ -8,7 +8,7 @@ Docs: https://mixfast.github.io/mixfast/cli.html.md"""
 __all__ = ['demo', 'reproduce', 'report', 'bench']
 
 # %% ../nbs/07_cli.ipynb #905cc1b1
-import os, signal, sys, warnings
+import gc, os, signal, sys, warnings
 from importlib import import_module
 
 from fastcore.script import anno_parser
@@ -26,12 +26,19 @@ def _typed(f):
     args = vars(anno_parser(f).parse_args())
     return f(**{k:v for k,v in args.items() if k not in ('pdb','xtra')}) # which fastcore adds
 
+# %% ../nbs/07_cli.ipynb #08621487
+def _imported(module):
+    "Import a module; what it makes is never looked through for garbage"
+    gc.disable()
+    try: return import_module(module)
+    finally: gc.freeze(); gc.enable()
+
 # %% ../nbs/07_cli.ipynb #fcb6af10
 def _command(module, run):
     "Import a module and `run` it, without warnings"
     _quiet()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try: run(import_module(module))
+    try: run(_imported(module))
     except KeyboardInterrupt: sys.exit(130)
 
 def demo():

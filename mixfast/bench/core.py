@@ -18,7 +18,7 @@ from fastcore.script import store_true
 from fastai.torch_core import default_device
 
 from .peers import Work, bare_fit, lightly_fit, mixfast_fit, mixfast_learner, stock_fit
-from .steps import _row, _timed, epoch_rows, gpu_rows, import_rows, step_rows
+from .steps import _row, _timed, epoch_rows, gpu_rows, import_rows, overhead_rows, step_rows
 from ..insight.machine import device_name, package_versions, peak_memory, reset_peak_memory
 from ..insight.parallel import _line, _watched
 
@@ -130,7 +130,8 @@ def bench(
 )->dict: # work, machine, ratios, seconds by contender: what `mixfast-bench` writes as JSON
     "Measure everything"
     limits = _limits(w)
-    rows = step_rows(w, 3*rounds) + epoch_rows(w, rounds) + gpu_rows(w) + import_rows(rounds)
+    rows = step_rows(w, 3*rounds) + overhead_rows(w, 2*rounds) + epoch_rows(w, rounds) + gpu_rows(w)
+    rows += import_rows(rounds)
     with tempfile.TemporaryDirectory() as tmp: runs = in_turns(contenders(w, tmp), rounds, bar)
     return dict(work=asdict(w), rounds=rounds, device=device_name(default_device()), date=time.strftime('%Y-%m-%d'),
                 versions=package_versions(), ratios=ratios(runs, limits)+rows, seconds=_seconds(runs))

@@ -1,5 +1,5 @@
 "Several processes train as one: on CPUs, over gloo"
-import os, pickle, re, signal, socket, subprocess, sys, time, traceback
+import faulthandler, os, pickle, re, signal, socket, subprocess, sys, time, traceback
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +15,12 @@ pytest.importorskip('accelerate')
 import fastai.distributed # gives learners `distrib_ctx`
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes are forked')
 
+HANGS = 120 # seconds
+
 def child(f, folder, rank, n, port):
     "What a launcher's process does; its result is a file"
     os.setpgid(0, 0)
+    faulthandler.dump_traceback_later(HANGS-20, file=open(folder/f'{rank}.trace', 'w'))
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     try: res = f(rank)
     except BaseException as e: res = e.with_traceback(None) if isinstance(e, (ValueError,FloatingPointError,RuntimeError,OSError)) else RuntimeError(traceback.format_exc())
@@ -28,7 +31,7 @@ def child(f, folder, rank, n, port):
 @pytest.fixture
 def launch(tmp_path):
     "A function that calls `f(rank)` in `n` processes and gives what they return or raise; None of one that died"
-    def _launch(f, n, seconds=120):
+    def _launch(f, n):
         folder = tmp_path/f'launch{len(list(tmp_path.glob("launch*")))}'
         folder.mkdir()
         with socket.socket() as s:
@@ -39,14 +42,14 @@ def launch(tmp_path):
             pid = os.fork()
             if not pid: child(f, folder, r, n, port)
             pids.append(pid)
-        end = time.time()+seconds
+        end = time.time()+HANGS
         while pids and time.time()<end:
             pids = [p for p in pids if not os.waitpid(p, os.WNOHANG)[0]]
             time.sleep(0.05)
         for p in pids:
             os.kill(p, signal.SIGKILL)
             os.waitpid(p, 0)
-        assert not pids, 'some processes hang'
+        assert not pids, 'some processes hang:\n' + '\n'.join(o.read_text() for o in folder.glob('*.trace'))
         return [pickle.loads((folder/f'{r}.pkl').read_bytes()) if (folder/f'{r}.pkl').exists() else None for r in range(n)]
     return _launch
 

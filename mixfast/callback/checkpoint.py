@@ -70,16 +70,16 @@ class Checkpoint(Callback):
 
 # %% ../../nbs/callback/06_checkpoint.ipynb #bc95a31b
 @patch
-def _warn(self:Checkpoint):
-    "Name the callbacks that hold what no checkpoint can"
-    new = {k:v for k,v in _lost(self.learn.cbs).items() if k not in self.warned}
+def _warn(self:Checkpoint, lost):
+    "Name the callbacks that hold what no checkpoint can, of which `_lost` told"
+    new = {k:v for k,v in lost.items() if k not in self.warned}
     self.warned |= new
     for k,v in new.items(): warnings.warn(f"resume=True will not be able to go on with this fit: {_cannot(k, v)}")
 
 @patch
 def before_fit(self:Checkpoint):
     "All callbacks have begun"
-    self._warn()
+    self._warn(_lost(self.learn.cbs))
 
 def _cannot(name, holds):
     "What to do about a callback"
@@ -98,8 +98,8 @@ def save(self:Checkpoint,
            if v.is_floating_point() and not v.isfinite().all()]
     if bad: raise FloatingPointError(f"weights are not finite: {bad[0]}. The last checkpoint in {self.folder} is "
                                      "from before")
-    self._warn()
     state = dict(epoch=epoch, iter=i, settings=self.settings, **_fit_state(self.learn))
+    self._warn(state['lost'])
     def write():
         try: _save_state(self.folder, _plain(state))
         except OSError as e: raise OSError(f"no checkpoint could be written: {e}. The one before is still there") from e

@@ -110,7 +110,8 @@ def _state_of(cb)->dict:
     "The state of a callback"
     if _offers_state(cb): return cb.state_dict()
     if _known(cb): return _attrs(cb)
-    return {} if _unsaved(cb) else {k: _held(v) for k,v in _attrs(cb).items()}
+    try: return {k: _held(v) for k,v in _attrs(cb).items()}
+    except TypeError: return {}
 
 def _load_state_of(cb, state):
     "Put it back"

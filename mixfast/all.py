@@ -16,9 +16,11 @@ from .objective.autoencode import *
 from .objective.choose import *
 from .task.core import *
 from .data.augment import *
+from .data.views import *
 from .data.cache import *
 from .data.store import *
 from .data.shard import *
+from .data.batch import *
 from .data.loader import *
 from .data.mix import *
 from .data.block import *
@@ -32,11 +34,13 @@ from .callback.core import *
 from .callback.guard import *
 from .callback.recorder import *
 from .callback.checkpoint import *
+from .callback.progressive import *
 from .learner import *
 from .hub import *
 from .insight.machine import *
 from .insight.evaluate import *
 from .insight.gradients import *
+from .insight.lr_find import *
 from .insight.cost import *
 from .insight.compare import *
 from .insight.plot import *

@@ -21,7 +21,6 @@ from fastai.callback.training import GradientAccumulation
 from fastai.data.transforms import get_c
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.optimizer import OptimWrapper
 from fastai.torch_core import trainable_params
 import fastai.callback.progress # fastai's progress bar
 
@@ -33,12 +32,11 @@ from .callback.owner import _explained, _mixing
 from .callback.recorder import MixRecorder
 from .callback.settings import _fit_settings
 from .data.mix import phase_dl
-from .model import _pair_up, fused_adamw, mix_splitter, no_decay
+from .model import _new_opt, _pair_up, fused_adamw, mix_splitter
 from .objective.choose import set_up
-from .objective.core import Objective
 from .objective.features import body, find_layout
 from .phases import MixPlan
-from .schedule import _check_sl_sched, get_recipe
+from .schedule import _check_recipe, _check_sl_sched, get_recipe
 from .task.core import _dry_run, _metrics_rest
 
 # %% ../nbs/04_learner.ipynb #069695cf
@@ -74,6 +72,12 @@ def _check_data(dls, plan):
         if p.sl and len(dl.dataset[0])<2:
             raise ValueError(f"e_sl={plan.e_sl}, but the training images have no labels: pass labelled ones, or e_sl=0")
 
+# %% ../nbs/04_learner.ipynb #b1ceb105
+def _check_enough(learn, plan):
+    "Raise `ValueError` where the phases of `plan` have too few images for the objective"
+    for dl in (phase_dl(learn.dls, p.name) for p in plan.phases if p.ssl):
+        learn.mix.objective.check_data(dl.n, dl.bs*_ranks(learn)[1])
+
 # %% ../nbs/04_learner.ipynb #9eb2fb3a
 def _check_gathering(learn, plan, cbs):
     "Raise `ValueError` where processes would take steps at different batches"
@@ -84,11 +88,10 @@ def _check_gathering(learn, plan, cbs):
         "use drop_last=True, and batches that the images fill")
 
 # %% ../nbs/04_learner.ipynb #cddb0581
-def _new_opt(learn):
-    "A new optimizer, which leaves norms, biases and embeddings undecayed"
-    learn.create_opt()
-    if learn.wd_bn_bias or isinstance(learn.opt, OptimWrapper): return
-    for p in no_decay(learn.model): learn.opt.state[p]['do_wd'] = False
+def _recipe_of(learn, recipe=None):
+    "The `Recipe` meant by `recipe`; None: the default for this model and objective"
+    o = learn.mix
+    return get_recipe(recipe or ('vit_t' if o.kind=='tokens' else 'siamese' if o.objective.views>1 else 'resnet18'))
 
 # %% ../nbs/04_learner.ipynb #dcbe0af8
 @patch
@@ -98,8 +101,8 @@ def fit_mixtraining(self:Learner,
     rho:float=0.5, # Mix-ratio in [0,1]: the share of the shorter of the two that is merged
     alpha:float=0.5, # Weight of the self-supervised loss in the mix phase, in [0,1]
     alpha_sched:str=None, # None, or 'linear' or 'cosine': `alpha` runs from 1 to 0 over the mix phase
-    recipe=None, # A `Recipe` or the name of one; default: 'vit_t' for token features, 'resnet18' for maps
-    sl_sched:str='shared', # 'shared': one warm-up-cosine over mix and SL; 'restart': one for each
+    recipe=None, # A `Recipe` or the name of one; default: 'vit_t' for tokens, for maps 'resnet18', or 'siamese' if views>1
+    sl_sched:str='shared', # 'shared': one schedule over mix and SL; 'restart': one for each
     carry_opt:bool=False, # Carry the optimizer's state from the SSL phase into the supervised ones
     on_nan:str='stop', # What a loss that is not finite does: 'stop' the fit, or 'skip' the step
     cbs=None, # Callbacks, as in any fit
@@ -111,6 +114,7 @@ def fit_mixtraining(self:Learner,
     "Train all of the model by MixTraining (Algorithm 1). Raises `ValueError` or `TypeError` on bad input."
     _meet(self)
     plan,seeds,guard = MixPlan(e_ssl, e_sl, rho),Seeds(),FiniteGuard(on_nan)
+    cbs = L(cbs).map(lambda o: o() if isinstance(o, type) else o)
     phases = Phases(plan, alpha, alpha_sched, carry_opt)
     _check_data(self.dls, plan)
     _check_sl_sched(sl_sched)
@@ -118,11 +122,14 @@ def fit_mixtraining(self:Learner,
     if resume and checkpoint is None: raise ValueError("resume=True needs checkpoint, the folder to resume from")
     ckpt = None if checkpoint is None else Checkpoint(checkpoint, every, every_steps)
     self.to_mix()
+    _check_enough(self, plan)
     _dry_run(self, plan, self.cbs+L(cbs))
     if getattr(self.opt, 'frozen_idx', 0): self.unfreeze()
-    r = get_recipe(recipe or ('vit_t' if self.mix.kind=='tokens' else 'resnet18'))
-    ours = L(phases, seeds, guard, MixScheduler(plan, r.ssl, r.sl, sl_sched), *L(ckpt))
-    if type(self.mix.objective).after_step is not Objective.after_step: ours.append(ObjectiveStep())
+    r = _recipe_of(self, recipe)
+    _check_recipe(r, plan, sl_sched, carry_opt)
+    for cb in self.cbs+cbs:
+        if hasattr(type(cb), 'check_fit'): cb.check_fit(self, plan, r)
+    ours = L(phases, seeds, guard, MixScheduler(plan, r.ssl, r.sl, sl_sched), ObjectiveStep(), *L(ckpt))
     with _mixing(self, seeds, cbs), _metrics_rest(self):
         s = self.mix.settings = _fit_settings(self, phases, r, sl_sched, cbs)
         with _explained(self, phases), _distributed(self, s), _checkpointing(self, ckpt, s, resume):

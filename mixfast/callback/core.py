@@ -23,9 +23,10 @@ from .distributed import _once, _ranks
 from ..checks import _check_seed
 from ..data.loader import SeededDL, _number_at
 from ..data.mix import phase_dl, valid_dl
-from ..model import phase_loss
+from ..model import _new_opt, phase_loss
+from ..objective.core import Objective
 from ..phases import MixPlan
-from ..schedule import Hypers, _check_alpha, _check_sl_sched, alpha_at, hypers_at
+from ..schedule import Hypers, _check_alpha, _check_sl_sched, _in_charge, alpha_at, hypers_at
 
 # %% ../../nbs/callback/01_core.ipynb #1e50a2e9
 def _one_batch(learn):
@@ -86,17 +87,18 @@ def alpha(self:Phases)->float:
 @patch
 def before_train(self:Phases):
     "The loader of the phase"
-    self.learn.dl = phase_dl(self.dls, self.now.name, self._views())
+    self.learn.dl = phase_dl(self.dls, self.now.name, *self._views())
 
 @patch
 def before_validate(self:Phases):
     "In the SSL phase the objective is validated, on as many views as it wants"
-    if self.now.name=='ssl' and self._views()>1: self.learn.dl = valid_dl(self.dls, self._views())
+    if self.now.name=='ssl' and self._views()[0]>1: self.learn.dl = valid_dl(self.dls, *self._views())
 
 @patch
 def _views(self:Phases):
-    "Views of an image in a batch of this phase"
-    return unwrap_model(self.model).objective.views if self.now.ssl else 1
+    "Views of an image in a batch of this phase, and the objective's set of augmentations for them"
+    o = unwrap_model(self.model).objective
+    return (o.views, o.view_tfms) if self.now.ssl else (1, None)
 
 # %% ../../nbs/callback/01_core.ipynb #36ba70e9
 @patch
@@ -208,7 +210,7 @@ def load_state_dict(self:Seeds, state):
 
 # %% ../../nbs/callback/01_core.ipynb #d10b8d53
 class MixScheduler(Callback):
-    "Set learning rate, betas and weight decay at each training step as `hypers_at` says"
+    "Set learning rate, betas and weight decay at each training step as `hypers_at` says, on the phase's optimizer"
     order,run_valid = 60,False
     def __init__(self,
         plan:MixPlan, # The phases
@@ -222,8 +224,28 @@ class MixScheduler(Callback):
 # %% ../../nbs/callback/01_core.ipynb #05803b11
 @patch
 def before_fit(self:MixScheduler):
-    "Find out what the optimizer has"
-    self.hps = {k:[] for k in ('lr','mom','sqr_mom','wd') if k in self.opt.hypers[0]}
+    "Nothing is set so far, and the optimizer is the learner's own"
+    self.hps,self.now = {},None
+
+@patch
+def before_epoch(self:MixScheduler):
+    "Have the optimizer of the phase"
+    self._use(_in_charge(self.plan, self.epoch, self.ssl, self.sl).opt)
+
+@patch
+def _use(self:MixScheduler, name):
+    "A new optimizer, unless it is the one called `name` already"
+    if name==self.now: return
+    _new_opt(self.learn, name)
+    self.now = name
+
+# %% ../../nbs/callback/01_core.ipynb #de598517
+@patch
+def _note(self:MixScheduler):
+    "Find out what the optimizer has; what an earlier one had not, has no value there"
+    now = self.opt.hypers[0]
+    n,self.has = len(self.hps.get('lr', ())),[k for k in ('lr','mom','sqr_mom','wd') if k in now]
+    for k in self.has: self.hps.setdefault(k, [math.nan]*n)
 
 @patch
 def after_fit(self:MixScheduler):
@@ -241,6 +263,7 @@ def _step_images(learn)->int:
 @patch
 def before_train(self:MixScheduler):
     "Count the images of a step"
+    self._note()
     self.bs = _step_images(self.learn)
 
 @patch
@@ -248,24 +271,30 @@ def before_batch(self:MixScheduler):
     "Set what this step is to have"
     h = hypers_at(self.plan, self.epoch, self.iter, self.n_iter, self.ssl, self.sl, self.bs, self.sl_sched)
     for k,vs in self.hps.items():
-        if not vs or vs[-1]!=h[k] or self.iter==0: self.opt.set_hyper(k, h[k])
-        vs.append(h[k])
+        v = h[k] if k in self.has else math.nan
+        if k in self.has and (not vs or vs[-1]!=v or self.iter==0): self.opt.set_hyper(k, v)
+        vs.append(v)
 
 # %% ../../nbs/callback/01_core.ipynb #fbb5e6f9
 @patch
 def state_dict(self:MixScheduler)->dict:
-    "What a checkpoint needs: the values so far"
-    return dict(hps=self.hps)
+    "What a checkpoint needs: the values so far, and the optimizer's name"
+    return dict(hps=self.hps, opt=self.now)
 
 @patch
 def load_state_dict(self:MixScheduler, state):
     "Go on with these"
     self.hps = state['hps']
+    self._use(state.get('opt'))
 
 # %% ../../nbs/callback/01_core.ipynb #6fae3005
 class ObjectiveStep(Callback):
-    "Call the objective's `after_step` after each step that was taken"
+    "Tell the objective how far the fit is, and of each step whether it was taken"
     order,run_valid = 10,False
+    def before_batch(self):
+        "SSL and mix epochs come first: they are the objective's"
+        if not self.phases.now.ssl: return
+        self._objective.at((self.epoch + self.iter/self.n_iter)/self.phases.plan.e_ssl, _ranks(self.learn)[1])
     def before_step(self):
         "So far nobody has cancelled it"
         self.taken = True
@@ -274,11 +303,15 @@ class ObjectiveStep(Callback):
         self.taken = False
 
 # %% ../../nbs/callback/01_core.ipynb #18b02ced
+@patch(as_prop=True)
+def _objective(self:ObjectiveStep):
+    "The objective of the fit"
+    return unwrap_model(self.model).objective
+
 @patch
 def after_step(self:ObjectiveStep):
     "Move what moves by steps"
-    guard = getattr(self.learn, 'finite_guard', None)
-    if not self.taken or not self.phases.now.ssl or guard and guard.blocked: return
-    m,plan = unwrap_model(self.model),self.phases.plan
-    t = (self.epoch + self.iter/self.n_iter)/plan.e_ssl # SSL and mix epochs come first, and are the objective's
-    with torch.no_grad(): m.objective.after_step(m.backbone, t)
+    o,guard = self._objective,getattr(self.learn, 'finite_guard', None)
+    if not self.phases.now.ssl or type(o).after_step is Objective.after_step: return
+    if not self.taken or guard and guard.blocked: return o.skip_step()
+    with torch.no_grad(): o.after_step(unwrap_model(self.model).backbone, o.t)

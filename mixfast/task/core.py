@@ -39,7 +39,7 @@ def _generators_kept():
 # %% ../../nbs/task/00_core.ipynb #3223ccca
 def _two(learn, phase, views):
     "Two images of a phase on the model's device, with their targets"
-    b = phase_dl(learn.dls, phase, views).one_batch()
+    b = phase_dl(learn.dls, phase, views, learn.mix.objective.view_tfms).one_batch()
     def cut(o):
         if isinstance(o, (tuple,list)): return tuple(map(cut, o))
         return o[:2].as_subclass(torch.Tensor) if torch.is_tensor(o) else o[:2]

@@ -13,6 +13,9 @@ from .objective.features import *
 from .objective.core import *
 from .objective.patches import *
 from .objective.autoencode import *
+from .objective.multiview import *
+from .objective.siamese import *
+from .objective.contrastive import *
 from .objective.choose import *
 from .task.core import *
 from .data.augment import *
@@ -33,6 +36,7 @@ from .callback.distributed import *
 from .callback.core import *
 from .callback.guard import *
 from .callback.recorder import *
+from .callback.collapse import *
 from .callback.checkpoint import *
 from .callback.progressive import *
 from .learner import *

@@ -25,6 +25,7 @@ from fastai.torch_core import trainable_params
 import fastai.callback.progress # fastai's progress bar
 
 from .callback.checkpoint import Checkpoint, _checkpointing
+from .callback.collapse import CollapseWatch
 from .callback.core import MixScheduler, ObjectiveStep, Phases, Seeds
 from .callback.distributed import _distributed, _meet, _ranks
 from .callback.guard import FiniteGuard
@@ -129,7 +130,8 @@ def fit_mixtraining(self:Learner,
     _check_recipe(r, plan, sl_sched, carry_opt)
     for cb in self.cbs+cbs:
         if hasattr(type(cb), 'check_fit'): cb.check_fit(self, plan, r)
-    ours = L(phases, seeds, guard, MixScheduler(plan, r.ssl, r.sl, sl_sched), ObjectiveStep(), *L(ckpt))
+    ours = L(phases, seeds, guard, MixScheduler(plan, r.ssl, r.sl, sl_sched), ObjectiveStep(), CollapseWatch(),
+             *L(ckpt))
     with _mixing(self, seeds, cbs), _metrics_rest(self):
         s = self.mix.settings = _fit_settings(self, phases, r, sl_sched, cbs)
         with _explained(self, phases), _distributed(self, s), _checkpointing(self, ckpt, s, resume):

@@ -36,6 +36,7 @@ from .data.mix import phase_dl
 from .model import _new_opt, _pair_up, fused_adamw, mix_splitter
 from .objective.choose import set_up
 from .objective.features import body, find_layout
+from .objective.multiview import Teacher
 from .phases import MixPlan
 from .schedule import _check_recipe, _check_sl_sched, get_recipe
 from .task.core import _dry_run, _metrics_rest
@@ -76,16 +77,19 @@ def _check_data(dls, plan):
 # %% ../nbs/04_learner.ipynb #b1ceb105
 def _check_enough(learn, plan):
     "Raise `ValueError` where the phases of `plan` have too few images for the objective"
+    n = phase_dl(learn.dls, 'ssl').n # the mix phase draws from these, too
     for dl in (phase_dl(learn.dls, p.name) for p in plan.phases if p.ssl):
-        learn.mix.objective.check_data(dl.n, dl.bs*_ranks(learn)[1])
+        learn.mix.objective.check_data(max(n, dl.n), dl.bs*_ranks(learn)[1])
 
 # %% ../nbs/04_learner.ipynb #9eb2fb3a
 def _check_gathering(learn, plan, cbs):
-    "Raise `ValueError` where processes would take steps at different batches"
-    if _ranks(learn)[1]==1 or not any(isinstance(cb, GradientAccumulation) for cb in cbs): return
-    dls = [dl for dl in (phase_dl(learn.dls, p.name) for p in plan.phases) if hasattr(dl, 'sizes')]
-    if any(len(set(dl.sizes(len(dl)-1)))>1 for dl in dls): raise ValueError(
-        "GradientAccumulation counts the images of each process, and the last batch is not the same for all: "
+    "Raise `ValueError` where all processes must have as many images of a batch, and have not"
+    acc,o = any(isinstance(cb, GradientAccumulation) for cb in cbs),learn.mix.objective
+    if _ranks(learn)[1]==1 or not (acc or o.gathers): return
+    dls = [phase_dl(learn.dls, p.name) for p in plan.phases if acc or p.ssl]
+    if any(len(set(dl.sizes(len(dl)-1)))>1 for dl in dls if hasattr(dl, 'sizes')): raise ValueError(
+        f"{'GradientAccumulation' if acc else type(o).__name__} counts the images of each process, and the last "
+        "batch is not the same for all: "
         "use drop_last=True, and batches that the images fill")
 
 # %% ../nbs/04_learner.ipynb #cddb0581
@@ -102,7 +106,7 @@ def fit_mixtraining(self:Learner,
     rho:float=0.5, # Mix-ratio in [0,1]: the share of the shorter of the two that is merged
     alpha:float=0.5, # Weight of the self-supervised loss in the mix phase, in [0,1]
     alpha_sched:str=None, # None, or 'linear' or 'cosine': `alpha` runs from 1 to 0 over the mix phase
-    recipe=None, # A `Recipe` or the name of one; default: 'vit_t' for tokens, for maps 'resnet18', or 'siamese' if views>1
+    recipe=None, # A `Recipe` or its name; default: 'vit_t' for tokens; for maps 'resnet18', or 'siamese' if views>1
     sl_sched:str='shared', # 'shared': one schedule over mix and SL; 'restart': one for each
     carry_opt:bool=False, # Carry the optimizer's state from the SSL phase into the supervised ones
     on_nan:str='stop', # What a loss that is not finite does: 'stop' the fit, or 'skip' the step
@@ -263,7 +267,9 @@ def compile(self:Learner,
     "Compile the parts of a mix learner in place; the first epoch pays for it. Raises `TypeError` for other learners."
     if 'mix' not in vars(self):
         raise TypeError("compile() is for a mix learner, with its objective: call learn.to_mix() first")
-    for o in (*body(self.model).children(), *self.mix.objective.children()):
+    teachers = [o for o in self.mix.objective.modules() if isinstance(o, Teacher)]
+    parts = [part for o in teachers for part in (*body(o[0]).children(), *o.copies[1:])]
+    for o in (*body(self.model).children(), *self.mix.objective.children(), *parts):
         for part in o if isinstance(o, nn.ModuleList) else [o]:
             if next(part.parameters(), None) is not None: _compile_part(part, **kwargs)
     return self

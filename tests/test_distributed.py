@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import numpy as np, pytest, timm, torch
 from fastai.vision.all import (Callback, CategoryBlock, DataBlock, EarlyStoppingCallback, GradientAccumulation, ImageDataLoaders, MixedPrecision, PILImage,
     ProgressCallback, RandomSplitter, RocAucBinary, SaveModelCallback, TerminateOnNaNCallback, accuracy, noop, resnet18, set_seed, vision_learner)
-from mixfast.all import AE, BatchFlip, KNNAccuracy, MAE, MixBlock, mix_dls, mix_learner
+from mixfast.all import (AE, BYOL, BatchFlip, KNNAccuracy, MAE, MixBlock, MoCo, SimCLR, SimSiam, ViewTfms, mix_dls,
+    mix_learner)
 from mixfast.callback.files import _read_index as read_index
 from mixfast.callback import files as checkpoint
 from mixfast.callback.distributed import _allow, _synced_norms
@@ -62,6 +63,7 @@ class Log(Callback):
     def before_batch(self):
         m = self.phases
         x = self.xb[0] if self.xb else self.learn.x
+        x = x[0] if isinstance(x, tuple) else x
         self.rows.append((self.epoch, self.iter, m.now.name, m.alpha, self.opt.hypers[0]['lr'], (x.flatten(1) @ torch.linspace(-1, 1, x[0].numel()).sin()).tolist()))
 
 def fit(rank, world=1, bs=12, make_learn=None, seed=None, e=(4,4), cbs=(), after=None, distrib=dict(cpu=True), **kwargs):
@@ -336,3 +338,28 @@ def test_launchers(tmp_path):
     out = start('accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', 'train.py', 'run')
     assert out.returncode==0 and (tmp_path/'run'/'end.pt').exists(), out.stderr
     assert [o['epoch'] for o in read_index(tmp_path/'run')]==[3,2]
+
+def view_learner(bs, objective, **kwargs):
+    "Two views that are not random, and no batch norm"
+    dls = mix_dls(images(48), images(21, seed=1), ssl=images(61, seed=2)[0], bs=bs, seed=3, ssl_tfms=ViewTfms([], [lambda x: x.flip(3)]), **kwargs)
+    return mix_learner(dls, objective=objective, metrics=accuracy, **TINY)
+
+def objective_state(learn): return dict(objective=state(learn.mix.objective))
+
+@pytest.mark.parametrize('objective', [SimSiam(16, 8, norm=False), BYOL(8, 16, norm=False), SimCLR(8, 16, norm=False), MoCo(8, 16, queue=40)], ids=lambda o: type(o).__name__)
+def test_two_views_as_one_process(launch, objective):
+    "Negatives, queue and teacher are those of one process; the spread, and SimCLR's loss in validation, are of each process's part of a batch"
+    kw = dict(make_learn=partial(view_learner, objective=objective), seed=0, after=objective_state)
+    one,two = alone(launch, partial(fit, **kw)),check_alike(launch(partial(fit, world=2, **kw), 2))
+    for r in one['rows']+two['rows']:
+        if 'spread' in r: assert 0<r.pop('spread')<1.3
+        if r['phase']=='ssl' and isinstance(objective, SimCLR): del r['valid_loss']
+    check_close(two, one)
+    for k,v in one['objective'].items():
+        if 'spread' not in k: torch.testing.assert_close(two['objective'][k], v, atol=1e-4, rtol=0)
+
+def test_two_views_of_unequal_parts(launch):
+    "Refused by those that compare with the images of other processes"
+    for o,says in ((SimCLR(8, 16), 'SimCLR counts the images of each process'), (BYOL(8, 16), None)):
+        res = launch(partial(fit, make_learn=partial(view_learner, objective=o, drop_last=False), bs=14, world=2, e=(1,1)), 2)
+        assert all(says in str(r) for r in res) if says else check_alike(res)

@@ -176,6 +176,11 @@ def test_lr_find(make, phase, capsys):
         return state(learn.model)
     assert same(fitted(True), fitted(False))
 
+def test_lr_find_of_negative_losses(make):
+    "To fastai they have diverged at once"
+    learn = make(objective=Agree, c=3, size=16, dls=views_dls(size=16, ssl_tfms=[view_tfms('simclr')]))
+    assert 1e-7<learn.lr_find(phase='ssl', num_it=40, show_plot=False).valley<10 and len(learn.recorder.lrs)>20
+
 def test_lr_find_without_labels(make, capsys):
     "Needs not be told; few images are gone through several times"
     learn = make(dls=mix_dls(ssl=images(16)[0], bs=8), n_out=3)

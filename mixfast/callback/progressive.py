@@ -141,7 +141,7 @@ def _try_sizes(m, x, phase, sizes):
 def check_fit(self:SuperProgressive,
     learn, # Mix learner
     plan:MixPlan, # The phases
-    recipe:Recipe,
+    recipe:Recipe, # Its warm-up is the default
 ):
     "Settle the sizes of a fit; `fit_mixtraining` calls it. Raises `ValueError` where something does not fit."
     self.epochs,self.warm = self._span_of(plan, recipe.ssl)

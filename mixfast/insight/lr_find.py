@@ -13,7 +13,7 @@ from copy import deepcopy
 
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import SuggestionMethod
 from fastai.learner import Learner
 
@@ -39,9 +39,9 @@ def _trial_plan(phase, num_it):
 
 # %% ../../nbs/insight/06_lr_find.ipynb #45a3f5b5
 class _Hold(Callback):
-    "All of `Hypers` but the rate, as at its largest"
-    run_valid = False
-    def __init__(self, h:Hypers): self.h = h
+    "All of `Hypers` but the rate, as at its largest; and the end where the loss diverges"
+    order,run_valid = 61,False # after fastai's `LRFinder`
+    def __init__(self, h:Hypers, stop_div=True): self.h,self.stop_div = h,stop_div
     def before_fit(self):
         "Set decay and momenta, as far as the optimizer has them"
         now = dict(wd=self.h.wd, mom=_at(self.h, 0, 1, 0)[1], sqr_mom=self.h.betas[1])
@@ -50,6 +50,10 @@ class _Hold(Callback):
     def before_train(self):
         "Count the images of a step"
         self.bs = _step_images(self.learn)
+    def after_batch(self):
+        "Stop at four times the best loss, as fastai does; but one that is a similarity may be 0, or below"
+        best = self.lr_finder.best_loss
+        if self.stop_div and self.smooth_loss>best+3*max(abs(best), 0.1): raise CancelFitException()
 
 # %% ../../nbs/insight/06_lr_find.ipynb #c1aa5009
 @contextmanager
@@ -70,7 +74,7 @@ def _all_restored(learn):
 # %% ../../nbs/insight/06_lr_find.ipynb #73bad0f3
 _fastais = getattr(Learner.lr_find, 'fastais', Learner.lr_find) # ours is there already, if this module is loaded again
 
-def _phase_lr_find(learn, phase, recipe, num_it, **kwargs):
+def _phase_lr_find(learn, phase, recipe, num_it, stop_div=True, **kwargs):
     "fastai's `lr_find` in a phase: what it suggests, and the images of a step"
     if _ranks(learn)[1]>1: raise ValueError("lr_find(phase=...) is for one process: call it outside of distrib_ctx")
     plan,seeds = _trial_plan(phase, num_it),Seeds()
@@ -78,12 +82,12 @@ def _phase_lr_find(learn, phase, recipe, num_it, **kwargs):
     learn.to_mix()
     _dry_run(learn, plan, learn.cbs)
     r,fit = _recipe_of(learn, recipe),learn.fit
-    hold,n = _Hold(r.ssl if phase=='ssl' else r.sl),len(phase_dl(learn.dls, phase, learn.mix.objective.views))
+    hold,n = _Hold(r.ssl if phase=='ssl' else r.sl, stop_div),len(phase_dl(learn.dls, phase, learn.mix.objective.views))
     ours = L(Phases(plan), seeds, ObjectiveStep(), hold)
     with _all_restored(learn), _mixing(learn, seeds), _metrics_rest(learn):
         _new_opt(learn, hold.h.opt)
         learn.fit = lambda n_epoch, cbs: fit(num_it//n+1, cbs=ours+L(cbs))
-        try: return _fastais(learn, num_it=num_it, **kwargs),hold.bs
+        try: return _fastais(learn, num_it=num_it, stop_div=False, **kwargs),hold.bs
         finally: del learn.fit
 
 # %% ../../nbs/insight/06_lr_find.ipynb #727151ec

@@ -48,6 +48,7 @@ def _check_temperature(t):
 
 class SimCLR(MultiView):
     "Two views of an image are alike, and unlike all others of the batch"
+    gathers = True
     def __init__(self,
         dim:int=128, # Channels of the projection
         hidden:int=512, # Channels within the projector
@@ -104,7 +105,7 @@ def info_nce(
 # %% ../../nbs/objective/05_contrastive.ipynb #05d438ab
 class MoCo(TaughtViews):
     "A view is like the teacher's key of another view, and unlike its keys of earlier images, kept in a queue"
-    view_tfms = 'moco'
+    view_tfms,gathers = 'moco',True
     def __init__(self,
         dim:int=128, # Channels of the projection
         hidden:int=2048, # Channels within the projector

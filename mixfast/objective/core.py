@@ -21,6 +21,7 @@ class Objective(nn.Module):
     "A self-supervised objective that shares its backbone pass with supervised heads"
     views = 1 # Augmentations of each image in a batch; with more than one, `x` is a tuple of as many batches
     view_tfms = None # Name of a set of augmentations for them, see `ViewTfms`, where the user has named none
+    gathers = False # Does it read the images of other processes, so that each must have as many of a batch?
 
     def setup(self,
         backbone:nn.Module, # The user's model

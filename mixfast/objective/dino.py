@@ -116,11 +116,11 @@ def _says(self:DINO, g):
 
 @patch
 def _note(self:DINO, g, p):
-    "Add up outputs and probabilities of the teacher, [n,K]; outputs with those of other processes"
-    s = torch.cat([g.sum(0), g.new_full((1,), len(g))])
+    "Add up outputs and probabilities of the teacher, [n,K], with those of other processes"
+    s = torch.cat([p.sum(0), g.sum(0), g.new_full((1,), len(g))])
     if self.world_size>1: dist.all_reduce(s)
-    self.gathered += s
-    self.said += p.sum(0)
+    self.said += s[:self.out]
+    self.gathered += s[self.out:]
 
 
 @patch

@@ -14,9 +14,8 @@ from copy import deepcopy
 from itertools import chain, groupby, pairwise
 from typing import NamedTuple
 
-import torch, torch.nn.functional as F
+import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn, Tensor
-from torch.distributed.nn.functional import all_gather
 from fastcore.basics import patch
 from timm.layers import DropPath
 
@@ -191,12 +190,27 @@ def taught(self:TaughtViews,
     return project(encode_views(backbone, x[:2]).pooled().flatten(0, 1)).unflatten(0, (2,-1))
 
 # %% ../../nbs/objective/03_multiview.ipynb #daf5934e
+class _Gather(torch.autograd.Function):
+    "The rows of all processes; each gets the sum of what their losses have to say of its own"
+    @staticmethod
+    def forward(ctx, z):
+        zs = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(zs, z)
+        return torch.cat(zs)
+
+    @staticmethod
+    def backward(ctx, g):
+        g = g.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(g)
+        return g.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def gather(
     z:Tensor, # Of this process, [n,D], as many in each
     world_size:int, # Processes
 )->Tensor: # [world_size*n,D]
     "`z` of all processes, with gradient"
-    return torch.cat(all_gather(z.contiguous())) if world_size>1 else z
+    return _Gather.apply(z.contiguous()) if world_size>1 else z
 
 # %% ../../nbs/objective/03_multiview.ipynb #81465adb
 class Spread(nn.Module):

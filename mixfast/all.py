@@ -16,6 +16,9 @@ from .objective.autoencode import *
 from .objective.multiview import *
 from .objective.siamese import *
 from .objective.contrastive import *
+from .objective.dino import *
+from .objective.hard import *
+from .objective.sum import *
 from .objective.choose import *
 from .task.core import *
 from .data.augment import *

@@ -13,6 +13,7 @@ from mixfast.model import mix_splitter
 from mixfast.objective.dino import DINO, Prototypes
 from test_distributed import Log, check_alike, check_close, fit, launch
 
+pytestmark = pytest.mark.filterwarnings('ignore:epoch .* seems to collapse') # fits of a few steps
 FIT = dict(e_ssl=4, e_sl=4, rho=0.5, recipe=HOT) # two epochs of each phase, three steps in each
 small = partial(DINO, out=12, hidden=16, dim=8)
 

@@ -15,6 +15,7 @@ from torch import nn, Tensor
 from .autoencode import AE, MAE
 from .contrastive import MoCo, SimCLR
 from .core import Objective
+from .dino import DINO
 from .features import _check_splittable, find_layout
 from .siamese import BYOL, SimSiam
 
@@ -25,7 +26,8 @@ objectives = dict( # by name
     simsiam=SimSiam,
     byol=BYOL,
     simclr=SimCLR,
-    moco=MoCo)
+    moco=MoCo,
+    dino=DINO)
 
 def get_objective(
     o, # A name in `objectives`, an `Objective`, or something that makes one when called; None: by the kind of features

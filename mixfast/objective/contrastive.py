@@ -142,7 +142,7 @@ def check_data(self:MoCo,
     n:int, # Images to train on
     bs:int, # Images a step, of all processes
 ):
-    "Raise `ValueError` where the queue would hold several keys of an image"
+    "Raise `ValueError` where the queue would hold more keys than there are images"
     if self.n_queue>n: raise ValueError(f"queue={self.n_queue} keys, but there are {n} images to train on: "
                                         f"pass MoCo(queue=...) with at most {n}")
 

@@ -33,10 +33,11 @@ class Prototypes(nn.Module):
 
     def forward(self,
         z:Tensor, # Features, [n,dim]
-    )->Tensor: # [n,prototypes], in [-1,1]
+    )->Tensor: # float32 [n,prototypes], in [-1,1]
         "The similarity of each feature with each prototype"
         w = self.weight.detach() if self.frozen else self.weight
-        return F.linear(F.normalize(z, dim=1), F.normalize(w, dim=1))
+        with torch.autocast(z.device.type, enabled=False): # low temperatures want all digits
+            return F.linear(F.normalize(z.float(), dim=1), F.normalize(w.float(), dim=1))
 
 # %% ../../nbs/objective/06_dino.ipynb #d521609e
 def dino_loss(
@@ -95,7 +96,7 @@ def setup(self:DINO,
     self.project = mlp_head(*dims, norm=self.norm, act=nn.GELU, last=last).apply(init_weights_vit_timm)
     self.teacher,self.spread = Teacher(backbone, self.project),Spread()
     self.register_buffer('center', torch.zeros(self.out))
-    self.register_buffer('gathered', torch.zeros(self.out+1)) # the teacher's outputs since the last step: sum and number
+    self.register_buffer('gathered', torch.zeros(self.out+1)) # the teacher's outputs since the last step: sum, number
     self.register_buffer('said', torch.zeros(self.out)) # its probabilities since the last `indicators`: sum
 
 # %% ../../nbs/objective/06_dino.ipynb #a93dcae8
@@ -122,7 +123,7 @@ def _note(self:DINO, g, p):
     self.said += s[:self.out]
     self.gathered += s[self.out:]
 
-
+# %% ../../nbs/objective/06_dino.ipynb #09d52f59
 @patch
 def forward(self:DINO,
     feats:ViewFeatures, # Of all views
@@ -130,7 +131,7 @@ def forward(self:DINO,
 )->Tensor: # Scalar, float32
     "The cross-entropy"
     self.project[-1].frozen = self.training and self.t<self.freeze_last
-    g,s = self.taught(x).float(),self.projected(feats).float()
+    g,s = self.taught(x),self.projected(feats)
     p = self._says(g)
     if self.training: self._note(g.flatten(0, 1), p.flatten(0, 1))
     return dino_loss(s, p, self.temp)

@@ -24,8 +24,8 @@ from .siamese import BYOL, SimSiam, neg_cosine
 
 # %% ../../nbs/objective/07_hard.ipynb #504db4ee
 @patch
-def _small_projections(self:MultiView, feats):
-    "What `project` makes of the features of all views, [V,n,D]; nothing is noted for the indicators"
+def _projections(self:MultiView, feats):
+    "What `project` makes of the features of all views, [V,n,D]; unlike `projected` it notes nothing"
     return self.project(feats.pooled().flatten(0, 1)).unflatten(0, (-1,feats.n))
 
 
@@ -34,8 +34,9 @@ def pair_scores(self:MultiView,
     feats:ViewFeatures, # Of V views
 )->Tensor: # float32 [V,V,n]
     "How hard each pair of views is: its negative cosine similarity"
-    z = self._small_projections(feats)
-    p,z = [F.normalize(o.float(), dim=2).transpose(0, 1) for o in (self.predicted(z) if hasattr(self, 'predict') else z, z)]
+    z = self._projections(feats)
+    p = self.predicted(z) if hasattr(self, 'predict') else z
+    p,z = [F.normalize(o.float(), dim=2).transpose(0, 1) for o in (p,z)]
     with torch.autocast(z.device.type, enabled=False): s = -(p @ z.mT)
     return (s+s.mT).permute(1,2,0)/2
 
@@ -45,17 +46,20 @@ def pair_scores(self:DINO,
     feats:ViewFeatures, # Of V views
 )->Tensor: # float32 [V,V,n]
     "How hard each pair of views is: its cross-entropy"
-    g = self._small_projections(feats).float().transpose(0, 1)
+    g = self._projections(feats).transpose(0, 1)
     with torch.autocast(g.device.type, enabled=False): s = -(self._says(g) @ (g/self.temp).log_softmax(2).mT)
     return (s+s.mT).permute(1,2,0)/2
 
 # %% ../../nbs/objective/07_hard.ipynb #fe0bf6a2
 @contextmanager
-def _untracked(*models):
-    "In this context batch norms leave their running statistics as they are"
+def _without_trace(*models):
+    "In this context passes leave no gradients, no running statistics and no cast weights"
     norms = [m for o in models for m in o.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    device = next(models[0].parameters()).device.type
+    cast = torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False)
     for m in norms: m.track_running_stats = False
-    try: yield
+    try:
+        with torch.no_grad(), cast: yield
     finally:
         for m in norms: m.track_running_stats = True
 
@@ -65,21 +69,36 @@ class _Around(MultiView):
     def __init__(self, *inner):
         super().__init__()
         self.inner = nn.ModuleList(inner)
+    def _tell(self, what, *args):
+        for o in self.inner: getattr(o, what)(*args)
 
     def at(self, t, world_size=1):
         super().at(t, world_size)
-        for o in self.inner: o.at(t, world_size)
-    def setup(self, backbone, x):
-        for o in self.inner: o.setup(backbone, x)
-    def after_step(self, backbone, t):
-        for o in self.inner: o.after_step(backbone, t)
-    def skip_step(self):
-        for o in self.inner: o.skip_step()
-    def check_data(self, n, bs):
-        for o in self.inner: o.check_data(n, bs)
+        self._tell('at', t, world_size)
+    def setup(self, backbone, x): self._tell('setup', backbone, x)
+    def after_step(self, backbone, t): self._tell('after_step', backbone, t)
+    def skip_step(self): self._tell('skip_step')
+    def check_data(self, n, bs): self._tell('check_data', n, bs)
     def indicators(self): return {k:v for o in self.inner for k,v in o.indicators().items()}
 
 # %% ../../nbs/objective/07_hard.ipynb #db052c92
+def _check_inner(o):
+    "Raise `TypeError` or `ValueError` unless `o` is a method of two views"
+    if not isinstance(o, MultiView) or isinstance(o, _Around):
+        raise TypeError(f"objective must be a method of two views, such as SimSiam(), got {o!r}")
+    if o.views!=2: raise ValueError(f"HardAugment chooses two of several large views, but {type(o).__name__} wants "
+                                    f"{o.views}: use local_views=0")
+
+
+def _check_choice(o, n, extra_target, selection):
+    "Raise `ValueError` where the choice is none, or there are no extra targets"
+    if selection not in ('hard','random'): raise ValueError(f"selection must be 'hard' or 'random', got {selection!r}")
+    if not extra_target: return
+    if not isinstance(o, (SimSiam,BYOL)):
+        raise ValueError(f"extra_target=True is for SimSiam and BYOL, which have targets, not for {type(o).__name__}")
+    if n<3: raise ValueError(f"extra_target=True needs views beside the two that are chosen, got n={n}")
+
+# %% ../../nbs/objective/07_hard.ipynb #99d8cd65
 class HardAugment(_Around):
     "Of `n` views of each image, those two that another method finds hardest to match are what it is trained on"
     def __init__(self,
@@ -97,24 +116,15 @@ class HardAugment(_Around):
         super().__init__(o)
         self.views,self.n,self.size,self.extra_target,self.selection = n,n,size,extra_target,selection
 
-
-def _check_inner(o):
-    "Raise `TypeError` or `ValueError` unless `o` is a method of two views"
-    if not isinstance(o, MultiView) or isinstance(o, _Around):
-        raise TypeError(f"objective must be a method of two views, such as SimSiam(), got {o!r}")
-    if o.views!=2: raise ValueError(f"HardAugment chooses two of several large views, but {type(o).__name__} wants "
-                                    f"{o.views}: use local_views=0")
-
-
-def _check_choice(o, n, extra_target, selection):
-    "Raise `ValueError` where the choice is none, or there are no extra targets"
-    if selection not in ('hard','random'): raise ValueError(f"selection must be 'hard' or 'random', got {selection!r}")
-    if not extra_target: return
-    if not isinstance(o, (SimSiam,BYOL)):
-        raise ValueError(f"extra_target=True is for SimSiam and BYOL, which predict a target, not for {type(o).__name__}")
-    if n<3: raise ValueError(f"extra_target=True needs views beside the two that are chosen, got n={n}")
-
 # %% ../../nbs/objective/07_hard.ipynb #3a684523
+@patch
+def _shrunk(self:HardAugment, x):
+    "Images with a larger side of at most `size` pixels"
+    h,w = x.shape[-2:]
+    r = self.size/max(h, w)
+    return x if r>=1 else F.interpolate(x, (round(h*r), round(w*r)), mode='bilinear', antialias=True)
+
+# %% ../../nbs/objective/07_hard.ipynb #bc83b354
 @patch
 def setup(self:HardAugment,
     backbone:nn.Module, # A timm model, or `Sequential(body, head)`
@@ -129,15 +139,7 @@ def setup(self:HardAugment,
     except (RuntimeError, AssertionError) as e: raise ValueError(f"size={self.size}: the model cannot take images of "
         f"{self.size} pixels; a transformer needs multiples of its patch and dynamic_img_size=True. ({e})") from e
 
-
-@patch
-def _shrunk(self:HardAugment, x):
-    "Images with a larger side of at most `size` pixels"
-    h,w = x.shape[-2:]
-    r = self.size/max(h, w)
-    return x if r>=1 else F.interpolate(x, (round(h*r), round(w*r)), mode='bilinear', antialias=True)
-
-
+# %% ../../nbs/objective/07_hard.ipynb #5231180e
 @patch
 def settings(self:HardAugment)->dict:
     "Its own settings and the method's"
@@ -150,61 +152,70 @@ class Hardest(NamedTuple):
     feats:ViewFeatures  # Their features
     x:tuple             # The views, two of float [n,C,H,W]
     ij:Tensor=None      # Which ones they are, int64 [2,n]; None in validation: the first two
-    targets:Tensor=None # Projections of all views, small ones [V,n,D], where those that were not chosen are targets
+    targets:Tensor=None # Projections of small copies of all views [V,n,D], if those that are left are targets
 
 
 @patch
-@contextmanager
-def _aside(self:HardAugment, backbone):
-    "In this context passes leave no trace"
-    kind = next(backbone.parameters()).device.type
-    cast = torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
-    with torch.no_grad(), cast, _untracked(backbone, self): yield
-
-
-@patch
-def _choose(self:HardAugment, looked, n, device):
-    "The numbers of two views of each of `n` images, int64 [2,n]; `looked`: features of all views, or None"
+def _choose(self:HardAugment,
+    looked, # Features of small copies of all views, `ViewFeatures`; None: any pair will do
+    n, # Images
+    device, # Where they are
+):
+    "The numbers of two views of each image, int64 [2,n]"
     ij = torch.triu_indices(self.n, self.n, 1, device=device)
-    if self.selection=='random': s = torch.rand(ij.shape[1], n).to(device, non_blocking=True)
+    if looked is None or self.selection=='random': s = torch.rand(ij.shape[1], n).to(device, non_blocking=True)
     else: s = self.inner[0].pair_scores(looked)[ij[0],ij[1]]
     return ij[:,s.argmax(0)]
 
+# %% ../../nbs/objective/07_hard.ipynb #e56dea38
+@patch
+def _looks(self:HardAugment):
+    "Is there a need for small copies?"
+    return self.extra_target or self.selection=='hard' and self.n>2
+
 
 @patch
-def _targets(self:HardAugment, looked, small):
-    "Projections of all views: by the teacher, if there is one; `looked`: the student's features of them"
+def _targets(self:HardAugment,
+    looked, # The model's features of small copies of all views, `ViewFeatures`
+    small, # The copies, float [V*n,C,h,w]
+):
+    "Their projections, [V,n,D]; None where they are no targets"
     o = self.inner[0]
-    if not hasattr(o, 'teacher'): return o._small_projections(looked)
+    if not self.extra_target: return
+    if not hasattr(o, 'teacher'): return o._projections(looked)
     backbone,project = o.teacher.copies
-    feats = looked._replace(parts=(features(backbone, small),))
-    return project(feats.pooled().flatten(0, 1)).unflatten(0, (-1,feats.n))
+    z = project(looked._replace(parts=(features(backbone, small),)).pooled().flatten(0, 1))
+    return z.unflatten(0, (-1,looked.n))
 
-# %% ../../nbs/objective/07_hard.ipynb #3adf54f6
+# %% ../../nbs/objective/07_hard.ipynb #1086b16f
+def _check_sizes(x):
+    "Raise `ValueError` unless all views have one size"
+    if len({o.shape for o in x})>1: raise ValueError(
+        f"HardAugment needs views of one size: use ssl_tfms='simclr', got sizes {[tuple(o.shape[2:]) for o in x]}")
+
+
 @patch
-def _encode_hardest(self:HardAugment, encode, backbone, x):
+def _encode_two(self:HardAugment, encode, backbone, x):
     "Choose two views, and `encode` them"
     if not self.training: return Hardest(encode(backbone, x[:2]), tuple(x[:2]))
-    if len({o.shape for o in x})>1: raise ValueError("HardAugment needs views of one size: use ssl_tfms='simclr', got "
-                                                     f"{[tuple(o.shape) for o in x]}")
+    _check_sizes(x)
     xs,n,looked = torch.cat(x),len(x[0]),None
-    with self._aside(backbone):
-        small = self._shrunk(xs)
-        if self.extra_target or self.selection=='hard': looked = ViewFeatures((features(backbone, small),), n)
+    small = self._shrunk(xs) if self._looks() else None
+    with _without_trace(backbone, self):
+        if self._looks(): looked = ViewFeatures((features(backbone, small),), n)
         ij = self._choose(looked, n, xs.device)
     pair = tuple(xs[i*n + torch.arange(n, device=xs.device)] for i in ij)
     feats = encode(backbone, pair)
-    with self._aside(backbone): targets = self._targets(looked, small) if self.extra_target else None
-    return Hardest(feats, pair, ij, targets)
+    with _without_trace(backbone, self): return Hardest(feats, pair, ij, self._targets(looked, small))
 
-
+# %% ../../nbs/objective/07_hard.ipynb #f1e1af15
 @patch
 def encode(self:HardAugment,
     backbone:nn.Module, # The user's model
     x, # Views, a tuple of float [n,C,H,W]
 )->Hardest:
     "The features of the hardest two views of each image; in validation of the first two"
-    return self._encode_hardest(self.inner[0].encode, backbone, x)
+    return self._encode_two(self.inner[0].encode, backbone, x)
 
 @patch
 def encode_mix(self:HardAugment,
@@ -212,7 +223,7 @@ def encode_mix(self:HardAugment,
     x, # As in `encode`
 )->Hardest:
     "The same in a mix step"
-    return self._encode_hardest(self.inner[0].encode_mix, backbone, x)
+    return self._encode_two(self.inner[0].encode_mix, backbone, x)
 
 @patch
 def sl_feats(self:HardAugment,
@@ -239,7 +250,7 @@ def _extra_loss(self:HardAugment, feats):
     z = o.projected(feats.feats)
     p,t = o.predicted(z),o.taught(feats.x) if hasattr(o, 'teacher') else z
     left = torch.ones(feats.targets.shape[:2], device=p.device).scatter_(0, feats.ij, 0.)
-    cos = F.cosine_similarity(p.float()[:,None], feats.targets.float(), dim=3).mean(0) # [V,n]
+    cos = F.cosine_similarity(p.float()[:,None], feats.targets.float(), dim=3).mean(0) # of the two, [V,n]
     return (across_views(neg_cosine, p, t) - (cos*left).sum()/cos.shape[1])/(self.n-1)
 
 # %% ../../nbs/objective/07_hard.ipynb #855ab4bf

@@ -78,6 +78,14 @@ def projected(self:MultiView,
 
 
 @patch
+def predicted(self:MultiView,
+    z:Tensor, # Projections of all views, [V,n,dim]
+)->Tensor: # [V,n,dim]
+    "What `predict` makes of them, in one pass"
+    return self.predict(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+
+
+@patch
 def indicators(self:MultiView)->dict:
     "`spread` since it was last asked for"
     return dict(spread=self.spread.read()) if hasattr(self, 'spread') else {}

@@ -49,14 +49,6 @@ class SimSiam(MultiView):
 
 # %% ../../nbs/objective/04_siamese.ipynb #43596bbb
 @patch
-def predicted(self:MultiView,
-    z:Tensor, # Projections of all views, [V,n,D]
-)->Tensor: # [V,n,D]
-    "What `predict` makes of them, in one pass"
-    return self.predict(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-
-
-@patch
 def forward(self:SimSiam,
     feats:ViewFeatures, # Of all views
     x, # The views, a tuple of float [n,C,H,W]

@@ -26,10 +26,11 @@ import fastai.callback.progress # fastai's progress bar
 
 from .callback.checkpoint import Checkpoint, _checkpointing
 from .callback.collapse import CollapseWatch
-from .callback.core import MixScheduler, ObjectiveStep, Phases, Seeds
+from .callback.core import ObjectiveStep, Phases, Seeds
 from .callback.distributed import _distributed, _meet, _ranks
 from .callback.guard import FiniteGuard
 from .callback.owner import _explained, _mixing
+from .callback.rates import MixScheduler
 from .callback.recorder import MixRecorder
 from .callback.settings import _fit_settings
 from .data.mix import phase_dl

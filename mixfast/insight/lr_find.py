@@ -17,7 +17,8 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import SuggestionMethod
 from fastai.learner import Learner
 
-from ..callback.core import ObjectiveStep, Phases, Seeds, _step_images
+from ..callback.core import ObjectiveStep, Phases, Seeds
+from ..callback.rates import _step_images
 from ..callback.distributed import _ranks
 from ..callback.owner import _mixing
 from ..data.batch import MixBatch, ViewTransform

@@ -66,8 +66,7 @@ def runs_of(part, best):
 
 def loaders(r, seed, path, hold_out, device=None):
     "All of CIFAR-10 but images held out, or 10 % of either; views where the objective asks for them"
-    px = 32 if r.data=='cifar10' else 64
-    (x,y),valid,vocab = _load(r.data, path, px)
+    (x,y),valid,vocab = _load(r.data, path, 32)
     if r.part=='c':
         i = np.random.default_rng(seed).permutation(len(y))
         (x,y),valid = (x[np.sort(i[hold_out:])],y[np.sort(i[hold_out:])]),(x[i[:hold_out]],y[i[:hold_out]])

@@ -15,9 +15,9 @@ from fastai.torch_core import default_device
 
 from .steps import _row, _share, _timed
 from .view_peers import ViewWork, view_fit, view_hand_fit, view_heads, view_learner, view_lightly_fit
-from ..callback.progressive import SuperProgressive
+from ..callback.progressive import SuperProgressive, progressive_speedup
 import mixfast.insight.cost # learn.mix.step_times
-from ..objective.hard import HardAugment
+from ..objective.hard import HardAugment, hard_overhead
 from ..schedule import Hypers, Recipe, get_recipe
 
 # %% ../../nbs/bench/01a_views.ipynb #84458f6d
@@ -83,29 +83,44 @@ def view_memory_rows(
     return res
 
 # %% ../../nbs/bench/01a_views.ipynb #3a828937
-def _strategy_fit(w, cheap):
-    "A function that trains, with all three strategies or none; it gives seconds and petaFLOP"
-    o = HardAugment(w.objective(), n=6, size=max(round(w.px*2/7/8), 1)*8) if cheap else w.objective()
-    learn,sl = view_learner(w, o),get_recipe('siamese').sl
-    h = Hypers(0.1, sched='f1clr', warmup_epochs=1, opt='sgd', wd=5e-4) if cheap else get_recipe('siamese').ssl
+def _sel_size(w): return max(round(w.px*2/7/8), 1)*8
+
+def _strategy_fit(w, progressive=False, hard=False, f1clr=False):
+    "A function that trains with some of the strategies; it gives seconds and petaFLOP"
+    o = HardAugment(w.objective(), n=6, size=_sel_size(w)) if hard else w.objective()
+    learn,r = view_learner(w, o),get_recipe('siamese')
+    if f1clr: r = Recipe(Hypers(0.1, sched='f1clr', warmup_epochs=1, opt='sgd', wd=5e-4), r.sl)
     def fit():
-        cbs = [SuperProgressive()] if cheap else None
-        with learn.no_bar(), learn.no_logging(): learn.fit_ssl(w.epochs, recipe=Recipe(h, sl), cbs=cbs)
+        cbs = [SuperProgressive(warmup_epochs=1)] if progressive else None
+        with learn.no_bar(), learn.no_logging(): learn.fit_ssl(w.epochs, recipe=r, cbs=cbs)
         return learn.mix.cost.loc['ssl',['seconds','petaFLOP']].tolist()
     return fit
 
+# %% ../../nbs/bench/01a_views.ipynb #98bd9524
+def _predicted(w):
+    "Times faster by Super Progressive, by Hard Augment (below 1), and by both"
+    p = SuperProgressive(warmup_epochs=1)
+    faster = progressive_speedup(p._sizes_of(w.px), 1/w.epochs)['pixels']
+    slower = 1+hard_overhead(6, w.px, _sel_size(w))
+    share = 1/faster + slower-1 # the small copies cost the same at any size
+    return dict(progressive=faster, hard=1/slower, all=1/share)
+
+# %% ../../nbs/bench/01a_views.ipynb #f5413d20
 def strategy_rows(
     w:ViewWork, # The images and model
     rounds:int=3, # That count
 )->list: # As of `ratios`
-    "How many times faster, over how many times fewer operations"
-    w = replace(w, epochs=max(w.epochs, 6))
-    usual,cheap = _strategy_fit(w, False),_strategy_fit(w, True)
-    pairs = [(usual(),cheap()) for _ in range(rounds+1)][1:]
-    flops = pairs[0][0][1]/pairs[0][1][1]
-    times = [a/b for (a,_),(b,_) in pairs]
-    return [_row('three strategies: times faster', times, limit=flops),
-            _row('three strategies: times faster / times fewer operations', [t/flops for t in times], '>= 0.90')]
+    "How many times faster strategies are, and how many times fewer operations they need"
+    w,fits = replace(w, epochs=max(w.epochs, 7)),dict(none={}, progressive=dict(progressive=True), hard=dict(hard=True),
+                                                     all=dict(progressive=True, hard=True, f1clr=True))
+    t = _turns({k: _strategy_fit(w, **o) for k,o in fits.items()}, rounds)
+    secs,flops = [{k: [o[i] for o in v[1]] for k,v in t.items()} for i in (0,1)]
+    fewer = {k: flops['none'][0]/v[0] for k,v in flops.items()}
+    names = dict(progressive='Super Progressive', hard='Hard Augment', all='all three')
+    res = [_row(f'{n}: times faster; predicted {_predicted(w)[k]:.2f}', _over(secs['none'], secs[k]), limit=fewer[k])
+           for k,n in names.items()]
+    both = [x/fewer['all'] for x in _over(secs['none'], secs['all'])]
+    return [*res, _row('all three: times faster / times fewer operations', both, '>= 0.90')]
 
 # %% ../../nbs/bench/01a_views.ipynb #f412e291
 def view_rows(

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from ..checks import _check_unit, _check_whole
 from .features import find_layout
-from .multiview import (MultiView, Spread, TaughtViews, Teacher, ViewFeatures, across_views, gather,
+from .multiview import (MultiView, SpreadMeter, TaughtViews, Teacher, ViewFeatures, across_views, gather_with_grad,
                                          mlp_head)
 
 # %% ../../nbs/objective/05_contrastive.ipynb #9f5fd591
@@ -67,7 +67,7 @@ class SimCLR(MultiView):
         "Build the projector"
         last = nn.BatchNorm1d(self.dim) if self.norm else None
         self.project = mlp_head(find_layout(backbone, x).dim, self.hidden, self.dim, norm=self.norm, last=last)
-        self.spread = Spread()
+        self.spread = SpreadMeter()
 
 # %% ../../nbs/objective/05_contrastive.ipynb #6b0141e6
 @patch
@@ -78,7 +78,7 @@ def forward(self:SimCLR,
     "The cross-entropy; in training the images of all processes are compared with"
     z = self.projected(feats).float()
     if self.world_size==1 or not self.training: return nt_xent(z, self.temperature)
-    among = gather(z.transpose(0, 1), self.world_size).transpose(0, 1)
+    among = gather_with_grad(z.transpose(0, 1), self.world_size).transpose(0, 1)
     return nt_xent(z, self.temperature, among, dist.get_rank()*feats.n)
 
 
@@ -132,7 +132,7 @@ def setup(self:MoCo,
 ):
     "Build projector and teacher, and a queue of random keys"
     self.project = mlp_head(find_layout(backbone, x).dim, self.hidden, self.dim, norm=self.norm)
-    self.teacher,self.spread = Teacher(backbone, self.project),Spread()
+    self.teacher,self.spread = Teacher(backbone, self.project),SpreadMeter()
     self.register_buffer('queue', _unit(torch.randn(self.n_queue, self.dim)))
     self.register_buffer('coming', self.queue.clone())
 
@@ -151,7 +151,7 @@ def check_data(self:MoCo,
 @torch.no_grad()
 def _enqueue(self:MoCo, k):
     "Put keys [2,n,D], and those of other processes, before those that come into the queue: image after image"
-    k = gather(k.transpose(0, 1), self.world_size).flatten(0, 1)
+    k = gather_with_grad(k.transpose(0, 1), self.world_size).flatten(0, 1)
     self.coming.copy_(torch.cat([k.flip(0), self.coming])[:self.n_queue])
 
 @patch

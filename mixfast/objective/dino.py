@@ -18,7 +18,7 @@ from timm.models.vision_transformer import init_weights_vit_timm
 
 from ..checks import _check_unit, _check_whole
 from .features import find_layout
-from .multiview import Spread, TaughtViews, Teacher, ViewFeatures, cosine_momentum, mlp_head
+from .multiview import SpreadMeter, TaughtViews, Teacher, ViewFeatures, cosine_momentum, mlp_head
 
 # %% ../../nbs/objective/06_dino.ipynb #492c10b6
 class Prototypes(nn.Module):
@@ -94,7 +94,7 @@ def setup(self:DINO,
     "Build head and teacher"
     dims,last = (find_layout(backbone, x).dim, self.hidden, self.hidden, self.dim),Prototypes(self.dim, self.out)
     self.project = mlp_head(*dims, norm=self.norm, act=nn.GELU, last=last).apply(init_weights_vit_timm)
-    self.teacher,self.spread = Teacher(backbone, self.project),Spread()
+    self.teacher,self.spread = Teacher(backbone, self.project),SpreadMeter()
     self.register_buffer('center', torch.zeros(self.out))
     self.register_buffer('gathered', torch.zeros(self.out+1)) # the teacher's outputs since the last step: sum, number
     self.register_buffer('said', torch.zeros(self.out)) # its probabilities since the last `indicators`: sum

@@ -6,7 +6,7 @@ Docs: https://mixfast.github.io/mixfast/objective/multiview.html.md"""
 
 # %% auto #0
 __all__ = ['ViewFeatures', 'encode_views', 'MultiView', 'across_views', 'mlp_head', 'Teacher', 'cosine_momentum', 'TaughtViews',
-           'gather', 'Spread']
+           'gather_with_grad', 'SpreadMeter']
 
 # %% ../../nbs/objective/03_multiview.ipynb #bd9f932a
 import math
@@ -213,7 +213,7 @@ class _Gather(torch.autograd.Function):
         return g.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def gather(
+def gather_with_grad(
     z:Tensor, # Of this process, [n,D], as many in each
     world_size:int, # Processes
 )->Tensor: # [world_size*n,D]
@@ -221,7 +221,7 @@ def gather(
     return _Gather.apply(z.contiguous()) if world_size>1 else z
 
 # %% ../../nbs/objective/03_multiview.ipynb #81465adb
-class Spread(nn.Module):
+class SpreadMeter(nn.Module):
     "The spread of normalised outputs, averaged over the training steps since it was last read"
     def __init__(self):
         super().__init__()

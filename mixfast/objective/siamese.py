@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from ..checks import _check_unit, _check_whole
 from .features import find_layout
-from .multiview import MultiView, Spread, TaughtViews, Teacher, ViewFeatures, across_views, mlp_head
+from .multiview import MultiView, SpreadMeter, TaughtViews, Teacher, ViewFeatures, across_views, mlp_head
 
 # %% ../../nbs/objective/04_siamese.ipynb #6b111cab
 def neg_cosine(
@@ -45,7 +45,7 @@ class SimSiam(MultiView):
         "Build projector and predictor"
         d,last = self.dim,nn.BatchNorm1d(self.dim, affine=False) if self.norm else None
         self.project = mlp_head(find_layout(backbone, x).dim, d, d, d, norm=self.norm, last=last)
-        self.predict,self.spread = mlp_head(d, self.hidden, d, norm=self.norm),Spread()
+        self.predict,self.spread = mlp_head(d, self.hidden, d, norm=self.norm),SpreadMeter()
 
 # %% ../../nbs/objective/04_siamese.ipynb #43596bbb
 @patch
@@ -83,7 +83,7 @@ class BYOL(TaughtViews):
         d,h = self.dim,self.hidden
         self.project = mlp_head(find_layout(backbone, x).dim, h, d, norm=self.norm)
         self.predict = mlp_head(d, h, d, norm=self.norm)
-        self.teacher,self.spread = Teacher(backbone, self.project),Spread()
+        self.teacher,self.spread = Teacher(backbone, self.project),SpreadMeter()
 
 # %% ../../nbs/objective/04_siamese.ipynb #169f8e7f
 @patch

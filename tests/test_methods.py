@@ -155,26 +155,29 @@ def test_teacher_follows(name):
     assert math.isclose(cosine_momentum(0, 0.99, 0.999), 0.99) and cosine_momentum(1, 0.99, 0.999)==0.999
 
 def test_queue():
-    "The newest first; image after image; more keys than places"
+    "The newest in place of the oldest; image after image; more keys than places"
     m,o,xs = cnn(MoCo(8, 16, queue=20))
-    old,keys = o.queue.clone(),[]
+    rows,n = list(o.queue.clone()),0
+    def put(keys):
+        nonlocal n
+        for k in keys: rows[n%20],n = k,n+1
     class Keys(type(o)):
         def taught(self, x):
             k = MoCo.taught(self, x)
-            keys.insert(0, F.normalize(k, dim=2).transpose(0, 1).flatten(0, 1).flip(0))
+            put(F.normalize(k, dim=2).transpose(0, 1).flatten(0, 1))
             return k
     o.__class__ = Keys
-    assert torch.allclose(old.norm(dim=1), torch.ones(20))
+    assert torch.allclose(o.queue.norm(dim=1), torch.ones(20))
     for i in range(3):
         step(m, o, tuple(x+i for x in xs))
-        assert torch.equal(o.queue, torch.cat([*keys, old])[:20])
+        assert torch.equal(o.queue, torch.stack(rows)) and o.oldest==n%20
     step(m, o, tuple(x.repeat(3,1,1,1)+torch.randn(18,1,1,1) for x in xs)) # 36 keys
-    assert torch.equal(o.queue, keys[0][:20])
+    assert {tuple(r.tolist()) for r in o.queue}=={tuple(r.tolist()) for r in rows}
     before = o.queue.clone()
     o(o.encode(m, xs), xs)
-    assert not torch.equal(o.coming, o.queue)
+    assert o.get_extra_state().shape==(12,8) and torch.equal(o.queue, before)
     o.skip_step()
-    assert torch.equal(o.coming, before) and torch.equal(o.queue, before)
+    assert not o.coming and torch.equal(o.queue, before)
 
 class Watch(Callback):
     "Teacher and queue after each batch, and which weights the optimizer has"

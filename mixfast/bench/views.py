@@ -17,6 +17,7 @@ from .steps import _row, _share, _timed
 from .view_peers import ViewWork, view_fit, view_hand_fit, view_heads, view_learner, view_lightly_fit
 from ..callback.progressive import SuperProgressive, progressive_speedup
 import mixfast.insight.cost # learn.mix.step_times
+from ..objective.contrastive import MoCo
 from ..objective.hard import HardAugment, hard_overhead
 from ..schedule import Hypers, Recipe, get_recipe
 
@@ -65,22 +66,19 @@ def view_step_rows(
     return res
 
 # %% ../../nbs/bench/01a_views.ipynb #3a8b13e0
-def _nbytes_of(o): return sum(t.nbytes for t in (*o.parameters(), *o.buffers()))
+def _ssl_bytes(mix, bs=None): return mix.step_bytes(bs, ('ssl',))['ssl']
 
 def view_memory_rows(
     w:ViewWork, # The model and batch
 )->list: # As of `ratios`
-    "Bytes of a step with a teacher, over those of the same step without it and the teacher's weights"
-    res = []
-    for m in 'byol','moco':
-        learn = view_learner(replace(w, method=m))
-        o = learn.mix.objective
-        whole = learn.mix.step_bytes(phases=('ssl',))['ssl']
-        extra = _nbytes_of(o.teacher) + sum(getattr(o, k).nbytes for k in ('queue','coming') if hasattr(o, k))
-        o.taught = lambda x: torch.randn(2, len(x[0]), o.dim, device=x[0].device) # targets from nowhere
-        bare = learn.mix.step_bytes(phases=('ssl',))['ssl']
-        res.append(_row(f'{m}: memory of a step / the same without a teacher, and its weights', [whole/bare], '<= 1.05'))
-    return res
+    "Bytes of a step with a teacher over those without; more bytes for a longer queue over its keys"
+    mix = view_learner(replace(w, method='byol')).mix
+    o,whole = mix.objective,_ssl_bytes(mix)
+    o.taught = lambda x: torch.randn(2, len(x[0]), o.dim, device=x[0].device)
+    res = [_row('byol: memory of a step / the same without the pass of the teacher', [whole/_ssl_bytes(mix)], '<= 1.05')]
+    keys = w.n//2
+    a,b = [_ssl_bytes(view_learner(w, MoCo(queue=k*keys)).mix, 2) for k in (1,2)]
+    return [*res, _row('moco: memory of a longer queue / its keys', [(b-a)/(keys*128*4)], '<= 1.05')]
 
 # %% ../../nbs/bench/01a_views.ipynb #3a828937
 def _sel_size(w): return max(round(w.px*2/7/8), 1)*8

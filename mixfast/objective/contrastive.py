@@ -134,7 +134,8 @@ def setup(self:MoCo,
     self.project = mlp_head(find_layout(backbone, x).dim, self.hidden, self.dim, norm=self.norm)
     self.teacher,self.spread = Teacher(backbone, self.project),SpreadMeter()
     self.register_buffer('queue', _unit(torch.randn(self.n_queue, self.dim)))
-    self.register_buffer('coming', self.queue.clone())
+    self.register_buffer('oldest', torch.tensor(0))
+    self.coming = []
 
 
 @patch
@@ -149,10 +150,10 @@ def check_data(self:MoCo,
 # %% ../../nbs/objective/05_contrastive.ipynb #0d3fc050
 @patch
 @torch.no_grad()
-def _enqueue(self:MoCo, k):
-    "Put keys [2,n,D], and those of other processes, before those that come into the queue: image after image"
+def _note(self:MoCo, k):
+    "Note keys [2,n,D], and those of other processes, image after image"
     k = gather_with_grad(k.transpose(0, 1), self.world_size).flatten(0, 1)
-    self.coming.copy_(torch.cat([k.flip(0), self.coming])[:self.n_queue])
+    self.coming = [*self.coming, k]
 
 @patch
 def forward(self:MoCo,
@@ -161,7 +162,7 @@ def forward(self:MoCo,
 )->Tensor: # Scalar, float32
     "The cross-entropy; the keys are noted for the queue"
     q,k = self.projected(feats),_unit(self.taught(x))
-    if self.training: self._enqueue(k)
+    if self.training: self._note(k)
     return across_views(partial(info_nce, queue=self.queue, temperature=self.temperature), q, k)
 
 # %% ../../nbs/objective/05_contrastive.ipynb #803602fd
@@ -172,9 +173,26 @@ def after_step(self:MoCo,
 ):
     "Move teacher and queue"
     TaughtViews.after_step(self, backbone, t)
-    self.queue.copy_(self.coming)
+    k = self.get_extra_state()[-self.n_queue:]
+    place = (self.oldest + torch.arange(len(k), device=k.device)) % self.n_queue
+    self.queue.index_copy_(0, place, k)
+    self.oldest.add_(len(k)).remainder_(self.n_queue)
+    self.coming = []
 
 @patch
 def skip_step(self:MoCo):
     "Drop the keys that were noted"
-    self.coming.copy_(self.queue)
+    self.coming = []
+
+# %% ../../nbs/objective/05_contrastive.ipynb #0137ffae
+@patch
+def get_extra_state(self:MoCo):
+    "The keys that wait, [m,D], for `state_dict`"
+    return torch.cat([self.queue[:0], *self.coming])
+
+@patch
+def set_extra_state(self:MoCo,
+    state:Tensor, # Of `get_extra_state`
+):
+    "Take over the keys that wait"
+    self.coming = [state.to(self.queue.device)]

@@ -58,7 +58,11 @@ def main(): list(_in_processes(wait, [(f'{i}.began',) for i in range(2)], jobs=2
 def test_stopped(tmp_path, tell, sig, code):
     "All processes end, whether a terminal tells each of them or a scheduler the first"
     (tmp_path/'slow.py').write_text(SLOW)
-    cmd = [sys.executable, '-c', "from mixfast.cli import _command; _command('slow', lambda m: m.main())"]
+    ours = """import signal
+signal.signal(signal.SIGINT, signal.default_int_handler) # a shell that runs the tests in the background ignores it
+from mixfast.cli import _command
+_command('slow', lambda m: m.main())"""
+    cmd = [sys.executable, '-c', ours]
     p = subprocess.Popen(cmd, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True)
     try:
         for _ in range(1200):

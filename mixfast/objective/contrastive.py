@@ -10,13 +10,12 @@ __all__ = ['nt_xent', 'SimCLR', 'info_nce', 'MoCo']
 # %% ../../nbs/objective/05_contrastive.ipynb #69367bfa
 import math
 from functools import partial
-from numbers import Real
 
 import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
 
-from ..checks import _check_unit, _check_whole
+from ..checks import _check_positive, _check_unit, _check_whole
 from .features import find_layout
 from .multiview import (MultiView, SpreadMeter, TaughtViews, Teacher, ViewFeatures, across_views, gather_with_grad,
                                          mlp_head)
@@ -43,9 +42,6 @@ def nt_xent(
     return F.cross_entropy(s.scatter(1, me[:,None], -math.inf), other)
 
 # %% ../../nbs/objective/05_contrastive.ipynb #c3c4d2e0
-def _check_temperature(t):
-    if not isinstance(t, Real) or not 0<t<math.inf: raise ValueError(f"temperature must be a number above 0, got {t!r}")
-
 class SimCLR(MultiView):
     "Two views of an image are alike, and unlike all others of the batch"
     gathers = True
@@ -57,7 +53,7 @@ class SimCLR(MultiView):
     ):
         super().__init__()
         _check_whole(1, dim=dim, hidden=hidden)
-        _check_temperature(temperature)
+        _check_positive(temperature=temperature)
         self.dim,self.hidden,self.temperature,self.norm = dim,hidden,temperature,norm
 
     def setup(self,
@@ -119,7 +115,7 @@ class MoCo(TaughtViews):
         super().__init__()
         _check_whole(1, dim=dim, hidden=hidden, queue=queue)
         _check_unit(momentum=momentum, last_momentum=last_momentum)
-        _check_temperature(temperature)
+        _check_positive(temperature=temperature)
         self.dim,self.hidden,self.temperature,self.n_queue,self.norm = dim,hidden,temperature,queue,norm
         self.momentum,self.last_momentum = momentum,last_momentum
         self._crops(local_views)

@@ -9,14 +9,13 @@ __all__ = ['Prototypes', 'dino_loss', 'DINO']
 
 # %% ../../nbs/objective/06_dino.ipynb #cd563693
 import math
-from numbers import Real
 
 import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
 from timm.models.vision_transformer import init_weights_vit_timm
 
-from ..checks import _check_unit, _check_whole
+from ..checks import _check_positive, _check_unit, _check_whole
 from .features import find_layout
 from .multiview import SpreadMeter, TaughtViews, Teacher, ViewFeatures, cosine_momentum, mlp_head
 
@@ -50,12 +49,6 @@ def dino_loss(
     return (ce.sum()-ce.diagonal().sum())/(ce.numel()-len(p))
 
 # %% ../../nbs/objective/06_dino.ipynb #fa4cdf1d
-def _check_positive(**values):
-    "Raise `ValueError` unless every value is a number above 0"
-    for k,v in values.items():
-        if not isinstance(v, Real) or not 0<v<math.inf: raise ValueError(f"{k} must be a number above 0, got {v!r}")
-
-
 class DINO(TaughtViews):
     "From any view tell what a moving average of the model says of another, as probabilities of prototypes"
     view_tfms = 'dino'

@@ -147,8 +147,8 @@ def _lightly_parts(w, d):
     from lightly.models.modules import heads as h
     k = w.heads()
     if w.method=='simsiam':
-        return h.SimSiamProjectionHead(d, k['dim'], k['dim']), h.SimSiamPredictionHead(k['dim'], k['hidden'], k['dim']), \
-            l.NegativeCosineSimilarity()
+        predictor = h.SimSiamPredictionHead(k['dim'], k['hidden'], k['dim'])
+        return h.SimSiamProjectionHead(d, k['dim'], k['dim']), predictor, l.NegativeCosineSimilarity()
     if w.method=='byol':
         return h.BYOLProjectionHead(d, k['hidden'], k['dim']), h.BYOLPredictionHead(k['dim'], k['hidden'], k['dim']), \
             l.NegativeCosineSimilarity()
@@ -199,7 +199,8 @@ def view_lightly_fit(
     "The same method by lightly, with a Lightning trainer"
     import lightning
     logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
-    dl = DataLoader(_Viewed(w.images(), _lightly_tfm(w)), w.bs, shuffle=True, drop_last=True, num_workers=os.cpu_count(),
+    ds = _Viewed(w.images(), _lightly_tfm(w))
+    dl = DataLoader(ds, w.bs, shuffle=True, drop_last=True, num_workers=os.cpu_count(),
                     persistent_workers=True)
     quiet = dict.fromkeys(('logger','enable_checkpointing','enable_progress_bar','enable_model_summary'), False)
     def fit():

@@ -75,7 +75,8 @@ def view_memory_rows(
     mix = view_learner(replace(w, method='byol')).mix
     o,whole = mix.objective,_ssl_bytes(mix)
     o.taught = lambda x: torch.randn(2, len(x[0]), o.dim, device=x[0].device)
-    res = [_row('byol: memory of a step / the same without the pass of the teacher', [whole/_ssl_bytes(mix)], '<= 1.05')]
+    name = 'byol: memory of a step / the same without the pass of the teacher'
+    res = [_row(name, [whole/_ssl_bytes(mix)], '<= 1.05')]
     keys = w.n//2
     a,b = [_ssl_bytes(view_learner(w, MoCo(queue=k*keys)).mix, 2) for k in (1,2)]
     return [*res, _row('moco: memory of a longer queue / its keys', [(b-a)/(keys*128*4)], '<= 1.05')]

@@ -235,9 +235,10 @@ def imagenette(
     cache=None, # Of decoded images, see `load_files`
 )->ImageData: # 9,469 and 3,925 images [size,size,3]
     "Imagenette. Raises `FileNotFoundError` or `ValueError` if files are missing or damaged."
-    path = Path(untar_data(URLs.IMAGENETTE_160 if size<=160 else URLs.IMAGENETTE_320) if path is None else path).expanduser()
+    url = URLs.IMAGENETTE_160 if size<=160 else URLs.IMAGENETTE_320
+    path = Path(untar_data(url) if path is None else path).expanduser()
     roots = [o for o in (path, *sorted(path.glob('imagenette2*'))) if (o/'train').is_dir() and (o/'val').is_dir()]
-    if not roots: raise FileNotFoundError(f"no Imagenette in {path}: expected train/ and val/ (unpack {URLs.IMAGENETTE_160})")
+    if not roots: raise FileNotFoundError(f"no Imagenette in {path}: expected train/ and val/ (unpack {url})")
     missing = [w for w in _IMAGENETTE for s in ('train','val') if not _images(roots[0]/s/w)]
     if missing: raise ValueError(f"{roots[0]} has no images of {missing[:5]}: unpack the archive again")
     data = image_folder(roots[0], size, cache=cache)

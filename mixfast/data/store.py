@@ -187,7 +187,8 @@ def unlabelled(self:ImageStore)->ImageStore:
 @patch
 def new_empty(self:ImageStore)->ImageStore:
     "A store of the same kind without any images, which does not hold on to them either"
-    res = ImageStore(self.x.new_empty((0,*self.x.shape[1:]), device='cpu'), None if self.y is None else self.y[:0].cpu(), self.vocab)
+    x,y = self.x.new_empty((0,*self.x.shape[1:]), device='cpu'),None if self.y is None else self.y[:0].cpu()
+    res = ImageStore(x, y, self.vocab)
     res.chans = self.chans
     return res
 

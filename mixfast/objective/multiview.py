@@ -1,4 +1,4 @@
-"""What methods with several views of an image share: one pass for all of them, heads, teachers, negatives of all processes
+"""What methods with several views of an image share: one pass for all, heads, teachers, negatives of all processes
 
 Docs: https://mixfast.github.io/mixfast/objective/multiview.html.md"""
 

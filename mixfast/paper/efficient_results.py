@@ -198,7 +198,8 @@ def _what(g):
     scale,n = g.scale.iloc[0],sorted({g.runs.min(), g.runs.max()})
     s,e = SCALES[scale],scaled(g.exp.iloc[0], scale)
     epochs = f"{100*s['epochs']:g} % of the epochs ({e.epochs} for {g.exp.iloc[0].epochs})"
-    small = f" Not the paper's scale: a small ResNet, {epochs}, {full_size(e, scale)} pixels for 224." if s['model'] else ''
+    px = full_size(e, scale)
+    small = f" Not the paper's scale: a small ResNet, {epochs}, {px} pixels for 224." if s['model'] else ''
     return f"{g.machine.iloc[0]}; runs: {' to '.join(map(str, n))}.{small}"
 
 # %% ../../nbs/paper/08_efficient_results.ipynb #66aab54e

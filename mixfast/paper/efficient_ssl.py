@@ -103,7 +103,8 @@ def describe(
 # %% ../../nbs/paper/06_efficient_ssl.ipynb #1d753d23
 SCALES = dict( # Share of the epochs; images a batch (None: the paper's); pixels; images at most; those that vote
     paper = dict(epochs=1.,    bs=None, px=224, n=None, bank=50_000, model=None),
-    small = dict(epochs=0.06,  bs=64,   px=32,  n=None, bank=5_000, model=dict(channels=(32,64,128,256), stem_width=16)),
+    small = dict(epochs=0.06,  bs=64,   px=32,  n=None, bank=5_000,
+                 model=dict(channels=(32,64,128,256), stem_width=16)),
     tiny  = dict(epochs=0.004, bs=32,   px=32,  n=256,  bank=200,   model=dict(channels=(8,16,32,64), stem_width=8)))
 
 def check_scale(

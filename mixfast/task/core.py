@@ -71,7 +71,8 @@ def _misfit(learn, pred, y, c, classes, e):
     name = lambda o: getattr(o, '__name__', type(o).__name__)
     m = learn.model
     head = m[-1] if hasattr(m, '__getitem__') else getattr(m, 'get_classifier', lambda: m)()
-    soft = isinstance(learn.loss_func, CrossEntropyLossFlat) and _shapes([pred])==_shapes(y) and y[0].is_floating_point()
+    ce,floats = isinstance(learn.loss_func, CrossEntropyLossFlat),y[0].is_floating_point()
+    soft = ce and floats and _shapes([pred])==_shapes(y)
     hint = "For soft labels: CrossEntropyLossFlat(flatten=False)." if soft else \
            "Change the number of outputs (n_out), the head or the loss function."
     return (f"the head, {name(head)}, predicts {_shapes(pred)} for 2 images, and {name(learn.loss_func)} "
@@ -129,7 +130,7 @@ def _check_labelled(learn):
 
 # %% ../../nbs/task/00_core.ipynb #3c0b4eef
 def _check_size(learn, x, x_sl):
-    "Raise `ValueError` if images for SSL, a batch or several views, have not the size of the others, and nobody says so"
+    "Raise `ValueError` if images for SSL, a batch or several views, have another size, and nobody says so"
     opts = getattr(learn.dls.train, 'opts', {})
     if opts.get('ssl_item_tfms') is not None or len(L(opts.get('ssl_batch_tfms'))): return
     ssl,sl = [list((o if torch.is_tensor(o) else o[0]).shape[-2:]) for o in (x,x_sl)]

@@ -7,8 +7,8 @@ JSON; what has one already is not run again. On a CPU each core has its own run.
     python benchmarks/two_views.py ~/data --report_only          # report.md of what has been run
 
 Part c asks neighbours on images held out of the training split, and part d takes the best of its methods with two views
-(or --objective); the accuracies of part d are those on the test split at the end of training. Methods with two views and AE
-have the small ResNet of `mixfast-reproduce --paper efficient_ssl --scale small`, MAE a ViT of 4 blocks."""
+(or --objective); the accuracies of part d are those on the test split at the end of training. Methods with two views and
+AE have the small ResNet of `mixfast-reproduce --paper efficient_ssl --scale small`, MAE a ViT of 4 blocks."""
 from mixfast.cli import _quiet; _quiet() # before anything is imported that warns
 import json, time
 from dataclasses import asdict, dataclass, replace
@@ -78,13 +78,14 @@ def loaders(r, seed, path, hold_out, device=None):
 def learner(r, dls, bf16=True):
     px,views = dls.train_ds.shape[0],r.objective in METHODS
     e = EfficientSSL(r.objective, r.data, 'resnet50', 1)
-    arch,args = ('vit_tiny_patch16_224',dict(patch_size=px//8, **VIT)) if r.objective=='mae' else (_backbone(e, 'small', dls.c),{})
+    arch,args = _backbone(e, 'small', dls.c),{}
+    if r.objective=='mae': arch,args = 'vit_tiny_patch16_224',dict(patch_size=px//8, **VIT)
     metrics = [accuracy, KNNAccuracy(n=5000)] if r.part=='d' else KNNAccuracy(n=5000)
     learn = mix_learner(dls, arch, _objective(e, 'small') if views else r.objective, metrics=metrics, **args)
     return learn.to_bf16() if bf16 else learn
 
 def recipe(r):
-    "SGD at the rates of Imagenette for two views; MAE, AE and SL as MixTraining has them, at batches of 64 the rates of 256"
+    "SGD at the rates of Imagenette for two views; MAE, AE and SL as MixTraining has them, with the rates of batches of 256"
     own = get_recipe('vit_t' if r.objective=='mae' else 'resnet18')
     ssl,sl = [replace(h, lr=4*h.lr) for h in (own.ssl,own.sl)]
     if r.objective in METHODS: ssl = get_recipe('siamese_imagenette').ssl
@@ -116,13 +117,15 @@ def run(path, hold_out, bf16, r, seed):
     with learn.no_bar(), learn.no_logging(): learn.fit_mixtraining(**args | dict(cbs=[*args['cbs'], course]))
     h,cost = learn.mix.history,learn.mix.cost
     last = (lambda c: next((float(v) for v in h[c][::-1] if v==v), None) if c in h else None)
-    curve = {c: [round(float(v), 5) if v==v else None for v in h[c]] for c in ('accuracy','knn_accuracy','spread') if c in h}
+    columns = [c for c in ('accuracy','knn_accuracy','spread') if c in h]
+    curve = {c: [round(float(v), 5) if v==v else None for v in h[c]] for c in columns}
     curve |= dict(phase=h.phase.tolist(), seconds=h.train_seconds.cumsum().round(3).tolist(),
                   petaflop=_petaflops(learn.mix, course.steps))
     res = dict(accuracy=last('accuracy') if r.part=='d' else None, knn=last('knn_accuracy'), curve=curve,
                cost=cost.to_dict('index'), petaflop=float(cost.petaFLOP.sum()), seconds=float(cost.seconds.sum()))
     if r.part=='c': res['probe'] = linear_probe(learn)
-    settings = {k:v for k,v in args.items() if k not in ('cbs','recipe')} | dict(recipe=asdict(args['recipe']), bs=learn.dls.bs)
+    settings = {k:v for k,v in args.items() if k not in ('cbs','recipe')}
+    settings |= dict(recipe=asdict(args['recipe']), bs=learn.dls.bs)
     return dict(exp=asdict(r), seed=seed, hold_out=hold_out if r.part=='c' else 0, bf16=bf16, settings=settings, **res,
                 **_where(_device(learn)))
 
@@ -140,7 +143,8 @@ def seconds_of(r, path, hold_out, bf16):
     a,secs = fit_args(r, EPOCHS['c']),_image_seconds(learner(r, dls, bf16), 1.)[0]
     if r.part=='c': a['e_ssl'] = epochs_of_equal_cost(r, 0, path, hold_out, bf16)
     share = 0.55 if r.progressive else 1
-    return sum(len(p)*len(dls.train_ds)*secs[p.name]*(share if p.ssl else 1) for p in MixPlan(a['e_ssl'], a['e_sl'], a['rho']).phases)
+    phases = MixPlan(a['e_ssl'], a['e_sl'], a['rho']).phases
+    return sum(len(p)*len(dls.train_ds)*secs[p.name]*(share if p.ssl else 1) for p in phases)
 
 def said(r):
     figures = {k: r[k] for k in ('accuracy','knn','probe','petaflop') if r.get(k) is not None}
@@ -148,9 +152,12 @@ def said(r):
 
 def table(recs):
     "A row a run, means over the seeds"
-    rows = [Run(**r['exp']) for r in recs]
-    df = pd.DataFrame([dict(data=e.data, objective=name(e.objective), method=e.method, strategies=strategies(e), accuracy=100*(r['accuracy'] or np.nan),
-        kNN=100*(r['knn'] or np.nan), probe=100*r.get('probe', np.nan), petaFLOP=r['petaflop'], seconds=r['seconds']) for e,r in zip(rows, recs)])
+    def row(r):
+        e = Run(**r['exp'])
+        return dict(data=e.data, objective=name(e.objective), method=e.method, strategies=strategies(e),
+                    accuracy=100*(r['accuracy'] or np.nan), kNN=100*(r['knn'] or np.nan), probe=100*r.get('probe', np.nan),
+                    petaFLOP=r['petaflop'], seconds=r['seconds'])
+    df = pd.DataFrame(map(row, recs))
     g = df.groupby(['data','objective','method','strategies'], sort=False)
     return g.mean().assign(runs=g.size()).reset_index().dropna(axis=1, how='all')
 
@@ -171,11 +178,11 @@ def by_seconds(t, ax):
 def report(out):
     c,d = [records(out/f'{p}.jsonl') for p in 'cd']
     secs = []
-    if c: secs += [Section('Seven objectives at equal cost', 'CIFAR-10; neighbours and linear probe on images held out of the '
-        'training split.', table(c).drop(columns=['method','strategies'])), Section(draw=lambda ax: by_cost(c, ax))]
+    if c: secs += [Section('Seven objectives at equal cost', 'CIFAR-10; neighbours and linear probe on images held out of '
+        'the training split.', table(c).drop(columns=['method','strategies'])), Section(draw=lambda ax: by_cost(c, ax))]
     for data,g in table(d).groupby('data', sort=False) if d else ():
-        secs += [Section(f'MixTraining on 10 % of {data}', 'F: F1-CLR, with three fifths of the epochs of SSL; S: Super Progressive.',
-                         g.drop(columns='data')), Section(draw=lambda ax, g=g: by_seconds(g, ax))]
+        what = 'F: F1-CLR, with three fifths of the epochs of SSL; S: Super Progressive.'
+        secs += [Section(f'MixTraining on 10 % of {data}', what, g.drop(columns='data')), Section(draw=lambda ax, g=g: by_seconds(g, ax))]
     print(save_report(out, 'Two views beside MAE and AE, and inside MixTraining', secs))
 
 def best_of(out):
@@ -209,6 +216,7 @@ def main(
     if dry_run:
         secs = {r: seconds_of(r, path, hold_out, not fp32) for r in dict.fromkeys(r for r,_ in todo)}
         for r,s in todo: print(f'seed {s}  {secs[r]/60:.1f} minutes  {describe(r)}')
-        return print(f'{len(todo)} runs, one after the other {sum(secs[r] for r,_ in todo)/60:.0f} minutes: an estimate')
+        total = sum(secs[r] for r,_ in todo)/60
+        return print(f'{len(todo)} runs, one after the other {total:.0f} minutes: an estimate')
     results = _in_processes(partial(run, path, hold_out, not fp32), todo, jobs)
     for r in _watched(results, len(todo), said): add_record(f, r)

@@ -7,8 +7,8 @@ JSON; what has one already is not run again. On a CPU each core has its own run.
     python benchmarks/two_views.py ~/data --report_only          # report.md of what has been run
 
 Part c asks neighbours on images held out of the training split, and part d takes the best of its methods with two views
-(or --objective); the accuracies of part d are those on the test split at the end of training. Methods with two views and
-AE have the small ResNet of `mixfast-reproduce --paper efficient_ssl --scale small`, MAE a ViT of 4 blocks."""
+(or --objective); the accuracies of part d are those on the test split at the end of training. Methods with two views
+and AE have the small ResNet of `mixfast-reproduce --paper efficient_ssl --scale small`, MAE a ViT of 4 blocks."""
 from mixfast.cli import _quiet; _quiet() # before anything is imported that warns
 import json, time
 from dataclasses import asdict, dataclass, replace
@@ -85,7 +85,7 @@ def learner(r, dls, bf16=True):
     return learn.to_bf16() if bf16 else learn
 
 def recipe(r):
-    "SGD at the rates of Imagenette for two views; MAE, AE and SL as MixTraining has them, with the rates of batches of 256"
+    "SGD at the rates of Imagenette for two views; MAE, AE and SL as MixTraining has them, at the rates of batches of 256"
     own = get_recipe('vit_t' if r.objective=='mae' else 'resnet18')
     ssl,sl = [replace(h, lr=4*h.lr) for h in (own.ssl,own.sl)]
     if r.objective in METHODS: ssl = get_recipe('siamese_imagenette').ssl
@@ -155,8 +155,8 @@ def table(recs):
     def row(r):
         e = Run(**r['exp'])
         return dict(data=e.data, objective=name(e.objective), method=e.method, strategies=strategies(e),
-                    accuracy=100*(r['accuracy'] or np.nan), kNN=100*(r['knn'] or np.nan), probe=100*r.get('probe', np.nan),
-                    petaFLOP=r['petaflop'], seconds=r['seconds'])
+                    accuracy=100*(r['accuracy'] or np.nan), kNN=100*(r['knn'] or np.nan),
+                    probe=100*r.get('probe', np.nan), petaFLOP=r['petaflop'], seconds=r['seconds'])
     df = pd.DataFrame(map(row, recs))
     g = df.groupby(['data','objective','method','strategies'], sort=False)
     return g.mean().assign(runs=g.size()).reset_index().dropna(axis=1, how='all')
@@ -178,11 +178,12 @@ def by_seconds(t, ax):
 def report(out):
     c,d = [records(out/f'{p}.jsonl') for p in 'cd']
     secs = []
-    if c: secs += [Section('Seven objectives at equal cost', 'CIFAR-10; neighbours and linear probe on images held out of '
-        'the training split.', table(c).drop(columns=['method','strategies'])), Section(draw=lambda ax: by_cost(c, ax))]
+    if c: secs += [Section('Seven objectives at equal cost', 'CIFAR-10; neighbours and linear probe on images held out '
+        'of the training split.', table(c).drop(columns=['method','strategies'])), Section(draw=lambda ax: by_cost(c, ax))]
     for data,g in table(d).groupby('data', sort=False) if d else ():
         what = 'F: F1-CLR, with three fifths of the epochs of SSL; S: Super Progressive.'
-        secs += [Section(f'MixTraining on 10 % of {data}', what, g.drop(columns='data')), Section(draw=lambda ax, g=g: by_seconds(g, ax))]
+        secs += [Section(f'MixTraining on 10 % of {data}', what, g.drop(columns='data')),
+                 Section(draw=lambda ax, g=g: by_seconds(g, ax))]
     print(save_report(out, 'Two views beside MAE and AE, and inside MixTraining', secs))
 
 def best_of(out):

@@ -221,9 +221,9 @@ def encode_mix(self:MAE,
 @patch
 def sl_feats(self:MAE,
     feats, # `Features` or `Kept`
-)->Tensor: # As the backbone gives them
+): # `Features`, or tokens [B,prefix+K,D]
     "All features, or those of the visible patches"
-    return feats.tokens if isinstance(feats, Kept) else feats.t
+    return feats.tokens if isinstance(feats, Kept) else feats
 
 # %% ../../nbs/objective/02_autoencode.ipynb #020ecbdc
 def _two_strides(s):

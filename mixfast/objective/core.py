@@ -48,9 +48,9 @@ class Objective(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}.forward(feats, x) must return a loss, or a dict of losses")
     def sl_feats(self,
         feats, # What `encode_mix` gave
-    )->Tensor: # As the backbone gives them
+    ): # `Features`; or features as the backbone's own head reads them
         "What a supervised head reads: the features of the first view"
-        return feats.t if self.views==1 else feats.t[:len(feats.t)//self.views]
+        return feats if self.views==1 else feats.first(len(feats.t)//self.views)
 
 # %% ../../nbs/objective/01_core.ipynb #72344fb1
 @patch(as_prop=True)

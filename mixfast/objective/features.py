@@ -47,6 +47,7 @@ class Features(NamedTuple):
     "What one pass of a backbone gives"
     t:Tensor      # As the backbone's own head reads it: tokens [B,N,D], or a map [B,D,h,w] or [B,h,w,D]
     layout:Layout # Where each feature lies
+    maps:tuple=() # Where the model's heads read more: the images, and maps of the backbone from fine to coarse, [B,D,h,w]
 
     def tokens(self)->Tensor:
         "Features that have a place, [B,h*w,D]"
@@ -56,12 +57,22 @@ class Features(NamedTuple):
         "The same as a map, [B,D,h,w]"
         return to_map(self.t, self.layout)
 
+    def first(self,
+        n:int, # Images
+    ): # `Features`
+        "Those of the first `n` images: the first of several views, where these lie one after the other"
+        return self._replace(t=self.t[:n], maps=tuple(o[:n] for o in self.maps))
+
 # %% ../../nbs/objective/00_features.ipynb #e205e3c2
+def _apart(model):
+    "Can `model` take itself apart?"
+    return hasattr(model, 'to_features') and hasattr(model, 'from_features')
+
 def body(
     model:nn.Module, # A timm model, or `Sequential(body, head)`
 )->nn.Module: # The timm model itself, where there is one
     "What gives the features"
-    m = model[0] if isinstance(model, nn.Sequential) else model
+    m = model[0] if isinstance(model, nn.Sequential) else model.body if _apart(model) else model
     return m.model if isinstance(m, TimmBody) else m
 
 # %% ../../nbs/objective/00_features.ipynb #6970f87f
@@ -99,6 +110,7 @@ def features(
     x:Tensor, # Images, float [B,C,H,W]
 )->Features:
     "The features of `model` before pooling"
+    if _apart(model): return model.to_features(x)
     m = body(model)
     own = not isinstance(model, nn.Sequential) or isinstance(model[0], TimmBody) # timm's, with a head that is not used
     t = m.forward_features(x) if own else m(x)
@@ -107,9 +119,11 @@ def features(
 # %% ../../nbs/objective/00_features.ipynb #97c33c05
 def logits(
     model:nn.Module, # The model that gave the features
-    t:Tensor, # Its features, `Features.t`
+    feats, # Its `Features`, or their `t` alone
 )->Tensor: # [B,outputs]; or whatever the head gives: a map, several predictions
     "What `model` predicts from its features"
+    if _apart(model): return model.from_features(feats)
+    t = feats.t if isinstance(feats, Features) else feats
     if not isinstance(model, nn.Sequential): return model.forward_head(t)
     b,head = model
     if isinstance(b, TimmBody) and not b.needs_pool: t = b.model.forward_head(t)
@@ -118,7 +132,7 @@ def logits(
 # %% ../../nbs/objective/00_features.ipynb #8a0820ff
 def _check_splittable(model):
     "Raise `TypeError` unless `features` and `logits` can take `model` apart"
-    if isinstance(model, nn.Sequential) and len(model)==2: return
+    if isinstance(model, nn.Sequential) and len(model)==2 or _apart(model): return
     if all(hasattr(model, o) for o in ('forward_features','forward_head')): return
     raise TypeError(f"A {type(model).__name__} cannot be split into features and head. Pass a timm model "
                     "(timm.create_model), or nn.Sequential(body, head) as vision_learner builds it.")

@@ -228,7 +228,7 @@ def encode_mix(self:HardAugment,
 @patch
 def sl_feats(self:HardAugment,
     feats:Hardest, # Of `encode_mix`
-)->Tensor: # As the backbone gives them
+): # `Features`
     "The features of the first of the two"
     return self.inner[0].sl_feats(feats.feats)
 

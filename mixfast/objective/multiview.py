@@ -62,9 +62,9 @@ class MultiView(Objective):
 
     def sl_feats(self,
         feats:ViewFeatures, # Of `encode_mix`
-    )->Tensor: # As the backbone gives them
+    )->Features:
         "The features of the first view"
-        return feats.parts[0].t[:feats.n]
+        return feats.parts[0].first(feats.n)
 
 # %% ../../nbs/objective/03_multiview.ipynb #61a2429b
 @patch

@@ -74,10 +74,10 @@ def encode(self:Sum,
 @patch
 def sl_feats(self:Sum,
     feats, # Of `encode`
-)->Tensor: # As the backbone gives them
+): # `Features`, or as the backbone gives them
     "The features of the first view"
     o = self._many()
-    return feats.t if o is None else o.sl_feats(feats)
+    return feats if o is None else o.sl_feats(feats)
 
 # %% ../../nbs/objective/08_sum.ipynb #3df13361
 @patch

@@ -61,14 +61,17 @@ class MixModel(nn.Module):
 def phase_loss(
     out:MixOutput, # What the model gave
     yb, # Targets of the supervised head, a tuple; not read in the SSL phase
-    loss_func, # Of prediction and targets, as the user's learner has it
+    loss_func, # Of prediction and targets, as the user's learner has it; with `parts` that of several tasks
     phase:str, # 'ssl', 'mix' or 'sl'
     alpha:float=0.5, # Weight of the self-supervised loss in the mix phase, in [0,1]
 )->tuple: # The loss, a scalar; and a dict of what it is made of: 'ssl_loss', 'sl_loss', and what the objective names
     "The loss of a step: Eq. 3 in the mix phase"
     parts = dict(out.losses)
     if parts and 'ssl_loss' not in parts: parts['ssl_loss'] = sum(out.losses.values())
-    if phase!='ssl': parts['sl_loss'] = loss_func(out.pred, *yb).as_subclass(Tensor) # fastai's own kind is slower
+    if phase!='ssl':
+        tasks = loss_func.parts(out.pred, *yb) if hasattr(loss_func, 'parts') else {} # of several, see `TaskLoss`
+        l = sum(tasks.values()) if tasks else loss_func(out.pred, *yb)
+        parts |= {**tasks, 'sl_loss': l.as_subclass(Tensor)} # fastai's own kind is slower
     if phase=='mix': return alpha*parts['ssl_loss'] + (1-alpha)*parts['sl_loss'], parts
     return parts[f'{phase}_loss'], parts
 

@@ -11,9 +11,10 @@ __all__ = ['MixBatch', 'ViewTransform']
 import numpy as np, torch
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW
+from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, TensorMask
 from fasttransform import ItemTransform, Transform
 
+from .augment import augment
 from .views import ViewTfms
 
 # %% ../../nbs/data/02b_batch.ipynb #b5e0b5a3
@@ -28,27 +29,35 @@ class MixBatch(ItemTransform):
         self.mean,self.std = [torch.as_tensor(np.asarray(o), dtype=torch.float).view(-1,1,1)*255 for o in (mean,std)]
         self.tfms = L(tfms)
 
-    def __call__(self, b, split_idx=None, **kwargs): return (self.view(b[0], split_idx!=1), *b[1:])
+    def __call__(self, b, split_idx=None, **kwargs): return self.view(*b, augment=split_idx!=1)
 
     def decodes(self, b):
         "Images in [0,1] that fastai can show, and their labels"
         x,*y = b
         im = TensorImageBW if x.shape[1]==1 else TensorImage
         mean,std = self.mean.to(x.device),self.std.to(x.device) # what is decoded may have come to the CPU
-        return (im(((x*std+mean)/255).clamp(0,1)), *map(TensorCategory, y))
+        return (im(((x*std+mean)/255).clamp(0,1)), *[TensorMask(o) if o.ndim>2 else TensorCategory(o) for o in y])
 
 # %% ../../nbs/data/02b_batch.ipynb #b3895d45
 @patch
 def view(self:MixBatch,
     x, # uint8 [B,C,H,W]
+    *y, # Targets; masks, uint8 [B,H,W], move with the images
     augment:bool=True, # Or normalise only?
-)->torch.Tensor:
-    "Float [B,C,H,W], augmented and normalised; of views the one that `view_idx` says"
-    if augment:
-        for t in self.tfms: x = t(x, self.view_idx) if isinstance(t, ViewTfms) else t(x)
+)->tuple: # Float [B,C,H,W], and the targets
+    "Images augmented and normalised; of views the one that `view_idx` says"
+    is_mask = [o.dtype==torch.uint8 for o in y]
+    if augment: x,*moved = self._augmented(x, *[o for o,m in zip(y, is_mask) if m])
+    if augment and any(is_mask): y = [moved.pop(0) if m else o for o,m in zip(y, is_mask)]
     x = x.float()
     mean,std = [torch.empty_like(x[:1]).copy_(o) for o in (self.mean,self.std)] # laid out as `x` is: 3 times faster
-    return x.sub_(mean).div_(std)
+    return (x.sub_(mean).div_(std), *y)
+
+@patch
+def _augmented(self:MixBatch, x, *masks):
+    "Images and masks as the augmentations make them"
+    for t in self.tfms: x,*masks = augment(t, x, *masks, **(dict(i=self.view_idx) if isinstance(t, ViewTfms) else {}))
+    return x, *masks
 
 # %% ../../nbs/data/02b_batch.ipynb #9f65a180
 class ViewTransform(Transform):

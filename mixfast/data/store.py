@@ -17,11 +17,11 @@ import numpy as np, torch
 from PIL import Image
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastai.data.transforms import Category, CategoryMap, MultiCategory, RegressionSetup
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
+from fastai.losses import CrossEntropyLossFlat
 from torchvision.transforms.v2 import functional as TF
 
 from .cache import _decode_image, _fit_image
+from .targets import Target, _check_vocab
 
 # %% ../../nbs/data/02_store.ipynb #f3399ea0
 def _as_tensor(x, name):
@@ -48,84 +48,66 @@ def _check_images(
     return x
 
 # %% ../../nbs/data/02_store.ipynb #f15a4a2d
-def _check_labels(y, n, c, name='y')->torch.Tensor:
-    "Class numbers [N] as the store keeps them, int64. Raises `ValueError` or `TypeError` if they are something else."
-    y = np.asarray(y)
-    if y.shape!=(n,): raise ValueError(f"{name} must have one label for each of {n} images, got shape {list(y.shape)}")
-    if n and y.dtype.kind not in 'iu':
-        hint = "use np.unique(y, return_inverse=True)" + "; for numbers to predict, y[:,None]"*(y.dtype.kind=='f')
-        raise TypeError(f"{name} must be whole class numbers, got {y.dtype}: {hint}")
-    if n and not 0<=y.min()<=y.max()<c:
-        raise ValueError(f"{name} must lie in 0..{c-1} for {c} classes, got {y.min()}..{y.max()}: pass all in vocab")
-    return torch.from_numpy(y.astype(np.int64))
-
-# %% ../../nbs/data/02_store.ipynb #21b10026
-def _check_targets(
-    y, # Targets: class numbers [N]; several labels, bool [N,K]; numbers, float [N,K] or of more dimensions
-    n:int, # Images
-    c:int, # Class names
-    name:str='y', # What to call them in an error
-)->torch.Tensor: # int64 [N], bool [N,K] or float32 [N,K,...]
-    "Targets as the store keeps them. Raises `ValueError` or `TypeError` if they are something else."
-    a = np.asarray(y)
-    if a.ndim<2 or len(a)!=n: return _check_labels(y, n, c, name)
-    if a.dtype.kind not in 'bf' or a.dtype.kind=='b' and a.ndim>2: raise TypeError(
-        f"{name} must be class numbers [N], bool [N,K] for several labels or float [N,K] for numbers, "
-        f"got {a.dtype} {list(a.shape)}")
-    if (c or a.dtype.kind=='b') and a.shape[1]!=c:
-        raise ValueError(f"{name} must have a column for each of {c} classes, got shape {list(a.shape)}")
-    if not np.isfinite(a).all(): raise ValueError(f"{name} must be finite numbers")
-    return torch.from_numpy(a.astype(bool if a.dtype.kind=='b' else np.float32))
-
-# %% ../../nbs/data/02_store.ipynb #f6d4469d
-def _check_vocab(vocab)->CategoryMap:
-    "Class names in their order. Raises `ValueError` if two are the same."
-    names = list(vocab)
-    res = vocab if isinstance(vocab, CategoryMap) else CategoryMap(names, sort=False)
-    if len(res)==len(names): return res
-    raise ValueError(f"vocab must be class names that differ, got {next(o for o in names if names.count(o)>1)!r} twice")
-
-# %% ../../nbs/data/02_store.ipynb #93f00215
 class ImageStore:
     "Images uint8 [N,H,W,C] in memory, perhaps with labels; a batch is one indexing"
     n_inp,split_idx = 1,None
     def __init__(self,
         x, # Images, uint8 [N,H,W,C] or [N,H,W]
-        y=None, # Class numbers [N]; several labels, bool [N,K]; numbers, float [N,K]; None: unlabelled
-        vocab=(), # Class names
+        y=None, # What `Target` takes; a dict of it by name, if there are several; None: unlabelled
+        vocab=(), # Class names; of several targets a dict
         name:str='x', # What to call them in an error
     ):
-        self.x,self.vocab = _check_images(x, name),_check_vocab(vocab)
-        self.y = None if y is None else _check_targets(y, len(self.x), len(self.vocab), f'labels of {name}')
+        self.x,self.names = _check_images(x, name),vocab
+        self.targets = {} if y is None else _targets(y, self.x, vocab, name)
         self.chans = self.x.shape[3] # of a batch: grey images can be served as RGB
 
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return tuple(o[0] for o in self.batch([i]))
+
+# %% ../../nbs/data/02_store.ipynb #4ba3636a
+def _targets(y, x, vocab, name):
+    "Targets by name; one that is alone has none"
+    def one(k, y, vocab):
+        what = f'{k} of {name}' if k else f'labels of {name}'
+        return Target(y, len(x), vocab, what, x.shape[1:3], missing=bool(k))
+    if not isinstance(y, dict): return {'': one('', y, vocab)}
+    vocabs = vocab if isinstance(vocab, dict) else {}
+    if not y: raise ValueError(f"{name} has no targets: pass a dict of them by name, or images alone")
+    return {k: one(k, v, vocabs.get(k, ())) for k,v in y.items()}
 
 # %% ../../nbs/data/02_store.ipynb #10763d5d
 @patch
 def batch(self:ImageStore,
     idxs, # Which images, int64 [B]
 )->tuple:
-    "The images at `idxs` as uint8 [B,C,H,W], and their targets, int64 [B] or float, if there are any"
+    "The images at `idxs` as uint8 [B,C,H,W], and their targets, if there are any"
     idxs = torch.as_tensor(idxs).to(self.x.device, non_blocking=True)
     x = self.x.index_select(0, idxs).permute(0,3,1,2).expand(-1,self.chans,-1,-1) # faster than self.x[idxs]
-    if self.y is None: return (x,)
-    y = self.y.index_select(0, idxs)
-    return (x, y.float() if y.dtype==torch.bool else y)
+    return (x, *[t.batch(idxs) for t in self.targets.values()])
 
 # %% ../../nbs/data/02_store.ipynb #16fed615
+def _one_or_all(os): return os[0] if len(os)==1 else L(os)
+
 @patch(as_prop=True)
-def c(self:ImageStore)->int:
+def y(self:ImageStore):
+    "The targets as a tensor; a tuple, if there are several; None, if there are none"
+    ys = tuple(t.y for t in self.targets.values())
+    return ys if len(ys)>1 else ys[0] if ys else None
+
+@patch(as_prop=True)
+def vocab(self:ImageStore):
+    "The class names; of several targets a list of them"
+    return _one_or_all([t.vocab for t in self.targets.values()]) if self.targets else _check_vocab(self.names)
+
+@patch(as_prop=True)
+def c(self:ImageStore): # int; of several targets a list of them
     "Number of classes, or of numbers to predict for an image"
-    return len(self.vocab) if self.y is None or self.y.ndim<2 else self.y.shape[1:].numel()
+    return _one_or_all([t.c for t in self.targets.values()]) if self.targets else len(self.vocab)
 
 @patch(as_prop=True)
 def loss_func(self:ImageStore):
-    "The loss for such targets. Those of floats with class names are soft labels."
-    if self.y is None or self.y.ndim<2: return CrossEntropyLossFlat()
-    if self.y.dtype==torch.bool: return BCEWithLogitsLossFlat()
-    return CrossEntropyLossFlat(flatten=False) if self.vocab else MSELossFlat()
+    "The loss for such targets, if there is one of them alone"
+    return next((t.loss_func for t in self.targets.values()), CrossEntropyLossFlat())
 
 @patch(as_prop=True)
 def shape(self:ImageStore)->tuple:
@@ -137,34 +119,17 @@ def shape(self:ImageStore)->tuple:
 def items(self:ImageStore)->list:
     "What `test_dl` takes: arrays [H,W,C], with their targets if there are any"
     x = self.x.cpu().numpy()
-    return list(x) if self.y is None else list(zip(x, self.y.tolist()))
+    if not self.targets: return list(x)
+    return list(zip(x, *[t.y.tolist() if t.y.ndim<2 else t.y.cpu().numpy() for t in self.targets.values()]))
 
-# %% ../../nbs/data/02_store.ipynb #be2c5783
-def _decided(
-    y, # Targets, or predictions that may be decided or not: class numbers [B], bool or float [B,K]
-    several:bool=False, # May there be several classes?
-)->torch.Tensor: # Class numbers [B], or bool [B,K]
-    "Which class, or classes, are meant"
-    if several: return y if y.dtype==torch.bool else y>0
-    if y.ndim<2: return y.long()
-    return (y[:,0]>0).long() if y.shape[1]==1 else y.argmax(1)
-
-# %% ../../nbs/data/02_store.ipynb #47189c0c
-@patch
-def _named(self:ImageStore, y):
-    "A target, or a prediction, as fastai shows it"
-    if not self.vocab: return RegressionSetup().decodes(y.flatten())
-    several = self.y is not None and self.y.dtype==torch.bool
-    i = _decided(y[None], several)[0]
-    return MultiCategory(self.vocab[k] for k in i.nonzero().flatten()) if several else Category(self.vocab[int(i)])
-
+# %% ../../nbs/data/02_store.ipynb #1b566139
 @patch
 def decode(self:ImageStore,
     o, # (image,) or (image, target)
     full:bool=True, # For fastai's sake
 )->tuple:
     "A sample as fastai shows it, with the name of its class"
-    return (o[0], *map(self._named, o[1:]))
+    return (o[0], *[t.named(y) for t,y in zip(self.targets.values(), o[1:])])
 
 # %% ../../nbs/data/02_store.ipynb #d0351be4
 @patch
@@ -173,23 +138,22 @@ def to(self:ImageStore,
 )->ImageStore:
     "Move the store to `device`: its batches are made there"
     self.x = self.x.to(device)
-    if self.y is not None: self.y = self.y.to(device)
+    for t in self.targets.values(): t.y = t.y.to(device)
     return self
 
 @patch
 def unlabelled(self:ImageStore)->ImageStore:
     "The same images, in the same memory, without their labels"
     res = copy(self)
-    res.y = None
+    res.names,res.targets = self.vocab,{}
     return res
 
 # %% ../../nbs/data/02_store.ipynb #6f5a6df2
 @patch
 def new_empty(self:ImageStore)->ImageStore:
     "A store of the same kind without any images, which does not hold on to them either"
-    x,y = self.x.new_empty((0,*self.x.shape[1:]), device='cpu'),None if self.y is None else self.y[:0].cpu()
-    res = ImageStore(x, y, self.vocab)
-    res.chans = self.chans
+    res = copy(self)
+    res.x,res.targets = self.x.new_empty((0,*self.x.shape[1:]), device='cpu'),{k: t.empty() for k,t in self.targets.items()}
     return res
 
 # %% ../../nbs/data/02_store.ipynb #39fe1c55

@@ -17,7 +17,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 
 from ..checks import _check_unit, _check_whole
-from .augment import BatchFlip, BatchResizedCrop, _pixels
+from .augment import BatchFlip, BatchResizedCrop, _pixels, augment
 
 # %% ../../nbs/data/00a_views.ipynb #2c2286d9
 def _gray(x):
@@ -194,9 +194,13 @@ class ViewTfms:
         i:int=0, # Number of the view
     )->torch.Tensor: # Float in 0..255 [B,C,h,w]
         "View `i` of each image"
+        return self.both(x, i=i)[0]
+
+    def both(self, x, *masks, i=0):
+        "The same, and masks moved likewise, see `augment`"
         pipes,x = self.small if max(x.shape[-2:])<=32 else self.pipes,x.float()
-        for f in pipes[min(i, len(pipes)-1)]: x = f(x)
-        return x.contiguous(memory_format=torch.channels_last)
+        for f in pipes[min(i, len(pipes)-1)]: x,*masks = augment(f, x, *masks)
+        return x.contiguous(memory_format=torch.channels_last), *masks
 
 # %% ../../nbs/data/00a_views.ipynb #0b2bb2ac
 @patch

@@ -21,6 +21,10 @@ def _resized(x, hw):
     "Images float [B,C,H,W] of height and width `hw`"
     return x if x.shape[2:]==hw else F.interpolate(x, hw, mode='bilinear', antialias=True)
 
+def _resized_mask(y, hw):
+    "Masks uint8 [B,H,W] of height and width `hw`: to the nearest pixel, since class numbers are never blended"
+    return y if y.shape[1:]==hw else F.interpolate(y[:,None], hw, mode='nearest-exact')[:,0]
+
 def blend(
     x_sl, # Labelled images, float [B,C,H,W]
     x_ssl, # As many for SSL; of another size they are resized
@@ -55,7 +59,9 @@ class Blend(ItemTransform):
 
     def __call__(self, b, split_idx=None, **kwargs):
         (x,*y),(u,*_) = self.sides(b)
-        return (self.mixed(x, u), *y)
+        x = self.mixed(x, u)
+        hw = (x[0] if isinstance(x, tuple) else x).shape[-2:]
+        return (x, *[_resized_mask(o, hw) if o.dtype==torch.uint8 else o for o in y])
     def decode(self, b, **kwargs): return self.sl.decode(b)
 
 # %% ../../nbs/data/03a_blend.ipynb #7843a19e

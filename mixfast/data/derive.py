@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt, torch
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.data.core import TfmdDL
-from fastai.torch_core import apply, to_device
+from fastai.torch_core import TensorMask, apply, to_device
 from fastai.vision.augment import AffineCoordTfm, RandTransform
 from fasttransform import ItemTransform, Pipeline
 
@@ -173,6 +173,12 @@ def sl(self:SeededDL)->SeededDL:
     return self.phase('sl')
 
 # %% ../../nbs/data/04_derive.ipynb #173f60fd
+def _draw(ax, im, ys):
+    "An image with its labels above it, its mask over it"
+    im.show(ctx=ax, title=', '.join(str(o) for o in ys if not isinstance(o, TensorMask)))
+    for o in ys:
+        if isinstance(o, TensorMask): o.show(ctx=ax)
+
 @patch
 def show_batch(self:SeededDL,
     b=None, # A batch; default: the first of the next pass
@@ -187,7 +193,7 @@ def show_batch(self:SeededDL,
     fig,axs = plt.subplots(n, len(xs), figsize=figsize or (1.5*sum(ws), 1.6*n), squeeze=False, width_ratios=ws)
     for axc,x in zip(axs.T, xs):
         for ax,(im,*cat) in zip(axc, self.decode_batch((x,*y), max_n=n)):
-            im.show(ctx=ax, title=cat[0] if cat and x is xs[0] else '')
+            _draw(ax, im, cat if x is xs[0] else ())
 
 # %% ../../nbs/data/04_derive.ipynb #5e5ae369
 @patch
@@ -215,5 +221,5 @@ def show_batch(self:BlendDL,
     fig,axs = plt.subplots(3, n, figsize=figsize or (1.5*n, 5), squeeze=False)
     for (name,o),axr in zip(rows.items(), axs):
         for ax,(im,*cat) in zip(axr, self.decode_batch((o,*y), max_n=n)):
-            im.show(ctx=ax, title='' if name.startswith('SSL') or not cat else cat[0])
+            _draw(ax, im, () if name.startswith('SSL') else cat)
         axr[0].text(-0.1, 0.5, name, transform=axr[0].transAxes, ha='right', va='center')

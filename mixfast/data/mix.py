@@ -20,7 +20,7 @@ from fastai.data.load import DataLoader
 from fastai.torch_core import default_device, num_distrib
 
 from ..checks import _check_seed, _check_unit
-from .augment import get_tfms, paper_tfms
+from .augment import check_masks_move, get_tfms, paper_tfms
 from .batch import MixBatch
 from .blend import Blend, BlendDL, blend
 import mixfast.data.derive # the loaders of all phases
@@ -92,19 +92,29 @@ def test_dl(self:MixDataLoaders,
     **kwargs # For `SeededDL.new`
 ):
     "A loader of images of any size and kind, made like those to validate on"
-    ds,y = self.valid.dataset,None
-    if with_labels: test_items,y = test_items if isinstance(test_items, tuple) else zip(*test_items)
-    return self.valid.new(ImageStore(as_images(test_items, ds.shape), y, ds.vocab), **kwargs)
+    ds,ys = self.valid.dataset,()
+    if with_labels: test_items,*ys = test_items if isinstance(test_items, tuple) else zip(*test_items)
+    return self.valid.new(ds.of(as_images(test_items, ds.shape), ys), **kwargs)
 
 # %% ../../nbs/data/05_mix.ipynb #433a6ae2
+def _numbered(y):
+    "The numbers up to the highest label as names; none for other targets"
+    y = np.asarray(y)
+    if y.ndim==2 and y.dtype.kind=='b': return [str(i) for i in range(y.shape[1])]
+    if not y.size or y.dtype.kind not in 'iu': return []
+    return [str(i) for i in range(int(y.max(initial=0, where=y!=255) if y.ndim>2 else y.max())+1)]
+
 def _vocab(labelled, vocab):
-    "The class names: `vocab`, or the numbers up to the highest label. Raises `TypeError` if they are not names."
+    "The class names: `vocab`, or numbers; of several targets a dict. Raises `TypeError` if they are not names."
     if not (vocab is None or hasattr(vocab, '__iter__')):
         raise TypeError(f"vocab must be a list of class names, got {vocab!r}")
-    if vocab is not None or labelled is None: return list(() if vocab is None else vocab)
-    y = np.asarray(labelled[1])
-    if y.ndim==2 and y.dtype.kind=='b': return [str(i) for i in range(y.shape[1])]
-    return [str(i) for i in range(int(y.max())+1)] if y.size and y.dtype.kind in 'iu' else []
+    y = None if labelled is None else labelled[1]
+    if not isinstance(y, dict):
+        if vocab is None: return [] if y is None else _numbered(y)
+        return vocab if isinstance(vocab, dict) else list(vocab)
+    if not isinstance(vocab, (dict,type(None))):
+        raise TypeError(f"vocab must be a dict of class names by target, {list(y)}, got {type(vocab).__name__}")
+    return {k: list(vocab[k]) if vocab and k in vocab else _numbered(v) for k,v in y.items()}
 
 # %% ../../nbs/data/05_mix.ipynb #50a79d42
 def _check_pairs(**pairs):
@@ -129,7 +139,14 @@ def _stores(sl, valid, ssl, vocab):
     first = sl or ssl
     if valid and valid.shape!=first.shape:
         raise ValueError(f"valid must have images like those to train on, {first.shape}, got {valid.shape}")
+    if valid: _check_alike(valid, sl)
+    if valid and not sl: first.targets = valid.new_empty().targets # what predictions mean
     return sl,valid,ssl
+
+def _check_alike(valid, sl):
+    "Raise `ValueError` unless both have targets of the same kind"
+    kinds = [{k: t.kind for k,t in o.targets.items()} for o in (valid,sl or valid)]
+    if kinds[0]!=kinds[1]: raise ValueError(f"valid must have targets like those of sl, {kinds[1]}, got {kinds[0]}")
 
 # %% ../../nbs/data/05_mix.ipynb #88e0e15b
 def _given(t, x, name):
@@ -167,6 +184,7 @@ def _tfms(tfms, ssl_tfms, store, device):
     res,x = get_tfms(tfms, ssl_tfms),store.batch([0, len(store)-1])[0]
     with _seeded(0, device=device):
         for t,n in zip(res, ('tfms','ssl_tfms')): _check_tfms(t, x, n)
+    if store.labelled and any(t.kind=='mask' for t in store.targets.values()): check_masks_move(res[0])
     return res
 
 # %% ../../nbs/data/05_mix.ipynb #b9e98cd3

@@ -21,7 +21,7 @@ from fastai.losses import CrossEntropyLossFlat
 from torchvision.transforms.v2 import functional as TF
 
 from .cache import _decode_image, _fit_image
-from .targets import Target, _check_vocab
+from .targets import Target
 
 # %% ../../nbs/data/02_store.ipynb #f3399ea0
 def _as_tensor(x, name):
@@ -57,8 +57,8 @@ class ImageStore:
         vocab=(), # Class names; of several targets a dict
         name:str='x', # What to call them in an error
     ):
-        self.x,self.names = _check_images(x, name),vocab
-        self.targets = {} if y is None else _targets(y, self.x, vocab, name)
+        self.x,self.labelled = _check_images(x, name),y is not None
+        self.targets = _targets(y, self.x, vocab, name) # without labels those that predictions are like
         self.chans = self.x.shape[3] # of a batch: grey images can be served as RGB
 
     def __len__(self): return len(self.x)
@@ -68,12 +68,13 @@ class ImageStore:
 def _targets(y, x, vocab, name):
     "Targets by name; one that is alone has none"
     def one(k, y, vocab):
-        what = f'{k} of {name}' if k else f'labels of {name}'
-        return Target(y, len(x), vocab, what, x.shape[1:3], missing=bool(k))
-    if not isinstance(y, dict): return {'': one('', y, vocab)}
+        if y is None: return Target([], 0, vocab)
+        return Target(y, len(x), vocab, f'{k} of {name}' if k else f'labels of {name}', x.shape[1:3], missing=bool(k))
+    if not isinstance(y, dict) and not isinstance(vocab, dict): return {'': one('', y, vocab)}
+    if y is not None and (not y or not isinstance(y, dict)):
+        raise ValueError(f"{name} must have a dict of targets by name, as vocab is one, got {type(y).__name__}")
     vocabs = vocab if isinstance(vocab, dict) else {}
-    if not y: raise ValueError(f"{name} has no targets: pass a dict of them by name, or images alone")
-    return {k: one(k, v, vocabs.get(k, ())) for k,v in y.items()}
+    return {k: one(k, None if y is None else y[k], vocabs.get(k, ())) for k in (vocabs if y is None else y)}
 
 # %% ../../nbs/data/02_store.ipynb #10763d5d
 @patch
@@ -83,31 +84,31 @@ def batch(self:ImageStore,
     "The images at `idxs` as uint8 [B,C,H,W], and their targets, if there are any"
     idxs = torch.as_tensor(idxs).to(self.x.device, non_blocking=True)
     x = self.x.index_select(0, idxs).permute(0,3,1,2).expand(-1,self.chans,-1,-1) # faster than self.x[idxs]
-    return (x, *[t.batch(idxs) for t in self.targets.values()])
+    return (x, *[t.batch(idxs) for t in self.targets.values() if self.labelled])
 
 # %% ../../nbs/data/02_store.ipynb #16fed615
 def _one_or_all(os): return os[0] if len(os)==1 else L(os)
 
 @patch(as_prop=True)
 def y(self:ImageStore):
-    "The targets as a tensor; a tuple, if there are several; None, if there are none"
+    "The targets as a tensor; of several a tuple; None, if there are none"
     ys = tuple(t.y for t in self.targets.values())
-    return ys if len(ys)>1 else ys[0] if ys else None
+    return None if not self.labelled else ys if len(ys)>1 else ys[0]
 
 @patch(as_prop=True)
 def vocab(self:ImageStore):
     "The class names; of several targets a list of them"
-    return _one_or_all([t.vocab for t in self.targets.values()]) if self.targets else _check_vocab(self.names)
+    return _one_or_all([t.vocab for t in self.targets.values()])
 
 @patch(as_prop=True)
 def c(self:ImageStore): # int; of several targets a list of them
     "Number of classes, or of numbers to predict for an image"
-    return _one_or_all([t.c for t in self.targets.values()]) if self.targets else len(self.vocab)
+    return _one_or_all([t.c for t in self.targets.values()])
 
 @patch(as_prop=True)
 def loss_func(self:ImageStore):
     "The loss for such targets, if there is one of them alone"
-    return next((t.loss_func for t in self.targets.values()), CrossEntropyLossFlat())
+    return next(t.loss_func for t in self.targets.values())
 
 @patch(as_prop=True)
 def shape(self:ImageStore)->tuple:
@@ -119,7 +120,7 @@ def shape(self:ImageStore)->tuple:
 def items(self:ImageStore)->list:
     "What `test_dl` takes: arrays [H,W,C], with their targets if there are any"
     x = self.x.cpu().numpy()
-    if not self.targets: return list(x)
+    if not self.labelled: return list(x)
     return list(zip(x, *[t.y.tolist() if t.y.ndim<2 else t.y.cpu().numpy() for t in self.targets.values()]))
 
 # %% ../../nbs/data/02_store.ipynb #1b566139
@@ -145,7 +146,7 @@ def to(self:ImageStore,
 def unlabelled(self:ImageStore)->ImageStore:
     "The same images, in the same memory, without their labels"
     res = copy(self)
-    res.names,res.targets = self.vocab,{}
+    res.labelled = False
     return res
 
 # %% ../../nbs/data/02_store.ipynb #6f5a6df2
@@ -155,6 +156,17 @@ def new_empty(self:ImageStore)->ImageStore:
     res = copy(self)
     res.x,res.targets = self.x.new_empty((0,*self.x.shape[1:]), device='cpu'),{k: t.empty() for k,t in self.targets.items()}
     return res
+
+
+@patch
+def of(self:ImageStore,
+    x, # Other images, uint8 [N,H,W,C]
+    ys=(), # For each target of this store those of these images; none: they have no labels
+)->ImageStore:
+    "A store of other images with targets of the same kind"
+    names,vocabs = list(self.targets),{k: t.vocab for k,t in self.targets.items()}
+    if names==['']: return ImageStore(x, *ys[:1] or [None], vocabs[''])
+    return ImageStore(x, dict(zip(names, ys)) if len(ys) else None, vocabs)
 
 # %% ../../nbs/data/02_store.ipynb #39fe1c55
 @patch

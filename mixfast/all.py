@@ -21,9 +21,14 @@ from .objective.hard import *
 from .objective.sum import *
 from .objective.choose import *
 from .task.core import *
+from .task.confusion import *
+from .task.heads import *
+from .task.segment import *
+from .task.multi import *
 from .data.augment import *
 from .data.views import *
 from .data.cache import *
+from .data.targets import *
 from .data.store import *
 from .data.shard import *
 from .data.batch import *

@@ -11,6 +11,7 @@ __all__ = ['mix_learner']
 import warnings
 from functools import partial
 from itertools import count
+from numbers import Integral
 
 import timm, torch
 from torch import nn
@@ -41,6 +42,7 @@ from .objective.multiview import Teacher
 from .phases import MixPlan
 from .schedule import _check_recipe, _check_sl_sched, get_recipe
 from .task.core import _dry_run, _metrics_rest
+from .task.multi import TaskLoss, TaskModel, default_tasks, task_metrics
 
 # %% ../nbs/04_learner.ipynb #069695cf
 def _prepare(learn):
@@ -222,6 +224,16 @@ def _accept_old_name(model):
         return self
     cls.backbone = property(backbone)
 
+# %% ../nbs/04_learner.ipynb #eeaf310a
+def _task_model(dls, arch, x, task, n_out, weights, metrics, args):
+    "A `TaskModel` for the data, its loss and its metrics. Raises `ValueError` where they do not go together."
+    model = TaskModel(_create_backbone(arch, x, num_classes=0, **args), task)
+    if not all(isinstance(o, Integral) and o>0 for o in L(n_out)): raise ValueError(
+        f"the targets have {n_out} classes: pass names of the classes in vocab, MaskBlock(codes), or n_out")
+    model.set_up(x.as_subclass(torch.Tensor).cpu(), n_out)
+    vocabs = [getattr(dls, 'vocab', None)] if len(model.tasks)==1 else getattr(dls, 'vocab', None)
+    return model, TaskLoss(model, weights), task_metrics(model, vocabs, metrics)
+
 # %% ../nbs/04_learner.ipynb #8f17a9cc
 def mix_learner(
     dls, # `MixDataLoaders` (see `mix_dls`), or fastai's `DataLoaders` of images
@@ -229,11 +241,13 @@ def mix_learner(
     objective=None, # A name, class or instance, see `get_objective`; default: `MAE` for token features, `AE` for maps
     img_size=None, # Height and width of the images, if the model must know; default: those of the data
     patch_size:int=None, # Patch size of a vision transformer, in pixels; default: the model's
-    n_out:int=None, # Classes; default: those of the data
+    n_out:int=None, # Classes, of several targets a list; default: those of the data
+    task=None, # A `Task`, or a dict of them by name; default: what goes with the targets, see `default_tasks`
+    task_weights=None, # Of several tasks' losses: numbers by name, or 'learned'
     loss_func=None, # Default: that of the data, or cross-entropy
     opt_func=fused_adamw, # Optimizer
     splitter=trainable_params, # Parameter groups of the backbone
-    metrics=None, # As in fastai's `Learner`
+    metrics=None, # As in fastai's `Learner`; of several tasks a dict by name. Default: what the tasks are measured by
     cbs=None, # As in fastai's `Learner`
     path=None, # Where to save
     model_dir='models', # Folder of `path` for weights
@@ -242,9 +256,13 @@ def mix_learner(
 )->Learner:
     "A fastai `Learner` of a timm model from scratch, ready for `fit_mixtraining`. Raises what `set_up` does."
     x = phase_dl(dls, 'ssl').one_batch()[0]
-    if n_out is None: n_out = get_c(dls)
-    model = _create_backbone(arch, x, img_size=img_size, patch_size=patch_size, num_classes=n_out, **kwargs)
-    if loss_func is None: loss_func = getattr(dls.train_ds, 'loss_func', CrossEntropyLossFlat())
+    n_out,task = get_c(dls) if n_out is None else n_out,task or default_tasks(dls)
+    args = dict(img_size=img_size, patch_size=patch_size, **kwargs)
+    if task: model,own_loss,metrics = _task_model(dls, arch, x, task, n_out, task_weights, metrics, args)
+    else:
+        model = _create_backbone(arch, x, num_classes=n_out, **args)
+        own_loss = getattr(dls.train_ds, 'loss_func', CrossEntropyLossFlat())
+    if loss_func is None: loss_func = own_loss
     learn = Learner(dls, model, loss_func=loss_func, opt_func=opt_func, splitter=splitter, metrics=metrics, cbs=cbs,
                     path=path, model_dir=model_dir, wd_bn_bias=wd_bn_bias)
     learn.to_mix(objective)

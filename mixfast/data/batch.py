@@ -14,7 +14,7 @@ from fastcore.foundation import L
 from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, TensorMask
 from fasttransform import ItemTransform, Transform
 
-from .augment import augment
+from .augment import _augmented
 from .views import ViewTfms
 
 # %% ../../nbs/data/02b_batch.ipynb #b5e0b5a3
@@ -47,16 +47,16 @@ def view(self:MixBatch,
 )->tuple: # Float [B,C,H,W], and the targets
     "Images augmented and normalised; of views the one that `view_idx` says"
     is_mask = [o.dtype==torch.uint8 for o in y]
-    if augment: x,*moved = self._augmented(x, *[o for o,m in zip(y, is_mask) if m])
+    if augment: x,*moved = self._moved(x, *[o for o,m in zip(y, is_mask) if m])
     if augment and any(is_mask): y = [moved.pop(0) if m else o for o,m in zip(y, is_mask)]
     x = x.float()
     mean,std = [torch.empty_like(x[:1]).copy_(o) for o in (self.mean,self.std)] # laid out as `x` is: 3 times faster
     return (x.sub_(mean).div_(std), *y)
 
 @patch
-def _augmented(self:MixBatch, x, *masks):
+def _moved(self:MixBatch, x, *masks):
     "Images and masks as the augmentations make them"
-    for t in self.tfms: x,*masks = augment(t, x, *masks, **(dict(i=self.view_idx) if isinstance(t, ViewTfms) else {}))
+    for t in self.tfms: x,*masks = _augmented(t, x, *masks, **(dict(i=self.view_idx) if isinstance(t, ViewTfms) else {}))
     return x, *masks
 
 # %% ../../nbs/data/02b_batch.ipynb #9f65a180

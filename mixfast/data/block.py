@@ -25,7 +25,7 @@ from .batch import ViewTransform
 from .cache import _check_depth
 from .derive import _Still, _stills
 from .loader import SeededDL
-from .store import _decided
+from .targets import _decided
 from .views import ViewTfms, view_sets
 
 # %% ../../nbs/data/06_block.ipynb #c8159d3c

@@ -20,7 +20,7 @@ from fastai.data.load import DataLoader
 from fastai.torch_core import default_device, num_distrib
 
 from ..checks import _check_seed, _check_unit
-from .augment import check_masks_move, get_tfms, paper_tfms
+from .augment import _check_masks_move, get_tfms, paper_tfms
 from .batch import MixBatch
 from .blend import Blend, BlendDL, blend
 import mixfast.data.derive # the loaders of all phases
@@ -184,7 +184,7 @@ def _tfms(tfms, ssl_tfms, store, device):
     res,x = get_tfms(tfms, ssl_tfms),store.batch([0, len(store)-1])[0]
     with _seeded(0, device=device):
         for t,n in zip(res, ('tfms','ssl_tfms')): _check_tfms(t, x, n)
-    if store.labelled and any(t.kind=='mask' for t in store.targets.values()): check_masks_move(res[0])
+    if store.labelled and any(t.kind=='mask' for t in store.targets.values()): _check_masks_move(res[0])
     return res
 
 # %% ../../nbs/data/05_mix.ipynb #b9e98cd3

@@ -17,7 +17,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 
 from ..checks import _check_unit, _check_whole
-from .augment import BatchFlip, BatchResizedCrop, _pixels, augment
+from .augment import BatchFlip, BatchResizedCrop, _pixels, _augmented
 
 # %% ../../nbs/data/00a_views.ipynb #2c2286d9
 def _gray(x):
@@ -197,9 +197,9 @@ class ViewTfms:
         return self.both(x, i=i)[0]
 
     def both(self, x, *masks, i=0):
-        "The same, and masks moved likewise, see `augment`"
+        "The same, and masks moved likewise, see `_augmented`"
         pipes,x = self.small if max(x.shape[-2:])<=32 else self.pipes,x.float()
-        for f in pipes[min(i, len(pipes)-1)]: x,*masks = augment(f, x, *masks)
+        for f in pipes[min(i, len(pipes)-1)]: x,*masks = _augmented(f, x, *masks)
         return x.contiguous(memory_format=torch.channels_last), *masks
 
 # %% ../../nbs/data/00a_views.ipynb #0b2bb2ac

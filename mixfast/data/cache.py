@@ -32,12 +32,15 @@ def _check_depth(
 def _fit_image(
     im:Image.Image, # An image of any size and mode
     size:tuple, # Height and width, pixels
-    mode:str='RGB', # Pillow's: 'RGB' or 'L'
+    mode:str='RGB', # Pillow's: 'RGB' or 'L'; or 'P', a mask of class numbers
 )->np.ndarray: # uint8 [H,W] or [H,W,3]
-    "The middle of `im`, resized (bicubic, antialiased). Raises `ValueError` if it has more than 8 bits."
+    "The middle of `im`, resized: bicubic, antialiased; a mask to the nearest pixel. Raises `ValueError` on other pixels."
     _check_depth(im)
-    im = im.convert(mode)
-    return np.asarray(im if im.size==size[::-1] else ImageOps.fit(im, size[::-1]))
+    if mode=='P' and im.mode not in ('1','L','P'):
+        raise ValueError(f"it is an image of colours (mode {im.mode}), and no mask: give each colour its class number first")
+    if mode!='P': im = im.convert(mode)
+    how = dict(method=Image.Resampling.NEAREST) if mode=='P' else {}
+    return np.asarray(im if im.size==size[::-1] else ImageOps.fit(im, size[::-1], **how), np.uint8)
 
 # %% ../../nbs/data/01_cache.ipynb #a5bd5a24
 def _decode_image(
@@ -161,7 +164,7 @@ def _check_files(files, size, mode)->tuple:
     "Absolute paths, and (height, width). Raises `ValueError`."
     size = (int(size),)*2 if isinstance(size, Integral) else tuple(map(int, size))
     if len(size)!=2 or min(size)<1: raise ValueError(f"size must be pixels, or (height, width), got {size}")
-    if mode not in ('RGB','L'): raise ValueError(f"mode must be 'RGB' or 'L', got {mode!r}")
+    if mode not in ('RGB','L','P'): raise ValueError(f"mode must be 'RGB', 'L' or 'P', got {mode!r}")
     files = [os.path.abspath(f) for f in files]
     if not files: raise ValueError("there are no image files to load")
     return files,size
@@ -170,7 +173,7 @@ def _check_files(files, size, mode)->tuple:
 def load_files(
     files, # Paths of images
     size=64, # Height and width, pixels; or one number for both
-    mode:str='RGB', # Pillow's: 'RGB' or 'L' (grey)
+    mode:str='RGB', # Pillow's: 'RGB', 'L' (grey) or 'P' (masks of class numbers)
     skip_bad:bool=False, # Leave out, with a warning, files that cannot be read, rather than raise
     cache=None, # Folder for caches; default: mixfast in the user's cache folder. It may be deleted at any time
     n_workers:int=None, # Processes that decode; default: a core each

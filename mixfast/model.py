@@ -99,12 +99,12 @@ def mix_splitter(
     pairs:bool=True, # Split each group in two: decayed, not decayed
     wd_bn_bias:bool=False, # Decay everything
 )->list: # Lists of parameters
-    "Parameter groups: those of `base`, what the objective trains with the first"
+    "Parameter groups: those of `base`, what the objective trains with the last, where heads are"
     model = unwrap_model(model) # from `DistributedDataParallel`
     mixed = isinstance(model, MixModel)
     groups = base(model.backbone if mixed else model)
     groups = [list(g) for g in (groups if is_listy(groups[0]) else [groups])]
-    if mixed: groups[0] = list(trainable_params(model.objective)) + groups[0]
+    if mixed: groups[-1] = groups[-1] + list(trainable_params(model.objective))
     if not pairs: return groups
     nd = set() if wd_bn_bias else no_decay(model)
     return [[p for p in g if (p in nd)==b] for g in groups for b in (False, True)]

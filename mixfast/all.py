@@ -13,6 +13,7 @@ from .objective.features import *
 from .objective.core import *
 from .objective.patches import *
 from .objective.autoencode import *
+from .objective.simmim import *
 from .objective.multiview import *
 from .objective.siamese import *
 from .objective.contrastive import *
@@ -37,6 +38,7 @@ from .data.mix import *
 from .data.block import *
 from .data.labels import *
 from .data.datasets import *
+from .data.masks import *
 from .phases import *
 from .schedule import *
 from .model import *
@@ -47,7 +49,9 @@ from .callback.recorder import *
 from .callback.collapse import *
 from .callback.checkpoint import *
 from .callback.progressive import *
+from .vit_5m import *
 from .learner import *
+from .transfer import *
 from .hub import *
 from .insight.machine import *
 from .insight.evaluate import *

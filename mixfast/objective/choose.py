@@ -18,11 +18,13 @@ from .core import Objective
 from .dino import DINO
 from .features import _check_splittable, find_layout
 from .siamese import BYOL, SimSiam
+from .simmim import SimMIM
 
 # %% ../../nbs/objective/09_choose.ipynb #3482e199
 objectives = dict( # by name
     mae=MAE,
     ae=AE,
+    simmim=SimMIM,
     simsiam=SimSiam,
     byol=BYOL,
     simclr=SimCLR,

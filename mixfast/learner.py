@@ -42,7 +42,7 @@ from .objective.multiview import Teacher
 from .phases import MixPlan
 from .schedule import _check_recipe, _check_sl_sched, get_recipe
 from .task.core import _dry_run, _metrics_rest
-from .task.multi import TaskLoss, TaskModel, default_tasks, task_metrics
+from .task.multi import TaskLoss, TaskModel, default_tasks, target_vocabs, task_metrics
 
 # %% ../nbs/04_learner.ipynb #069695cf
 def _prepare(learn):
@@ -229,10 +229,9 @@ def _task_model(dls, arch, x, task, n_out, weights, metrics, args):
     "A `TaskModel` for the data, its loss and its metrics. Raises `ValueError` where they do not go together."
     model = TaskModel(_create_backbone(arch, x, num_classes=0, **args), task)
     if not all(isinstance(o, Integral) and o>0 for o in L(n_out)): raise ValueError(
-        f"the targets have {n_out} classes: pass names of the classes in vocab, MaskBlock(codes), or n_out")
+        f"the targets have {n_out} classes: pass the class names, MaskBlock(codes) for instance, or n_out")
     model.set_up(x.as_subclass(torch.Tensor).cpu(), n_out)
-    vocabs = [getattr(dls, 'vocab', None)] if len(model.tasks)==1 else getattr(dls, 'vocab', None)
-    return model, TaskLoss(model, weights), task_metrics(model, vocabs, metrics)
+    return model, TaskLoss(model, weights), task_metrics(model, target_vocabs(dls), metrics)
 
 # %% ../nbs/04_learner.ipynb #8f17a9cc
 def mix_learner(
@@ -256,7 +255,8 @@ def mix_learner(
 )->Learner:
     "A fastai `Learner` of a timm model from scratch, ready for `fit_mixtraining`. Raises what `set_up` does."
     x = phase_dl(dls, 'ssl').one_batch()[0]
-    n_out,task = get_c(dls) if n_out is None else n_out,task or default_tasks(dls)
+    task = task or default_tasks(dls)
+    if n_out is None: n_out = [len(v or ()) for v in target_vocabs(dls)] if task else get_c(dls)
     args = dict(img_size=img_size, patch_size=patch_size, **kwargs)
     if task: model,own_loss,metrics = _task_model(dls, arch, x, task, n_out, task_weights, metrics, args)
     else:

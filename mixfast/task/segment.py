@@ -11,7 +11,9 @@ __all__ = ['map_features', 'PatchLinear', 'MapDecoder', 'dice_loss', 'Segment']
 import math
 
 import torch, torch.nn.functional as F
+from fastcore.basics import patch
 from fastai.layers import ConvLayer
+from fastai.vision.models.unet import DynamicUnet
 from torch import nn, Tensor
 
 from ..checks import _check_whole
@@ -149,3 +151,28 @@ def _check_fine(feats):
     (h,w),(r,c) = x.shape[-2:],m.shape[-2:]
     raise ValueError(f"Segment: the finest features of the backbone are a grid of {r}x{c} for images of {h}x{w} pixels, too "
                      "coarse for masks: take larger images, smaller patches (patch_size), or a model with finer stages")
+
+# %% ../../nbs/task/02_segment.ipynb #f0047de0
+@patch(as_prop=True)
+def body(self:DynamicUnet)->nn.Module:
+    "The encoder"
+    return self.layers[0]
+
+@patch
+def to_features(self:DynamicUnet, x)->Features:
+    "What the encoder makes of images; `maps` are the images and what hooks have kept"
+    t = self.body(x)
+    return Features(t, layout(self, t, x.shape[-2:]), (x, *self.sfs.stored))
+
+@patch
+def from_features(self:DynamicUnet, feats)->Tensor:
+    "What the decoder makes of them, as fastai's `SequentialEx` does it"
+    x,*kept = feats.maps
+    for h,o in zip(self.sfs, kept): h.stored = o
+    res = feats.t
+    for l in self.layers[1:]:
+        res.orig = x
+        new = l(res)
+        res.orig = new.orig = None # they would keep one another in memory
+        res = new
+    return res

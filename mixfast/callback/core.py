@@ -124,7 +124,8 @@ def _enter(self:Phases, ph):
 def _tell(self:Phases, cb):
     "Tell a callback of fastai that a phase has begun"
     if isinstance(cb, GradientAccumulation): cb.count = 0 # what it had gathered is dropped
-    if isinstance(cb, MixHandler): cb.run = self.now.sl
+    several = self.now.ssl and self._views()[0]>1
+    if isinstance(cb, MixHandler): cb.run = self.now.sl and not several # it blends one batch, not each view
     if isinstance(cb, TrackerCallback):
         cb.run = self.now.sl or self.plan.e_sl==0 or bool(getattr(cb, 'every_epoch', False))
         if cb.monitor=='train_loss': cb.best = math.inf if cb.comp(0,1) else -math.inf

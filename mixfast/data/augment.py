@@ -17,6 +17,7 @@ from fastcore.foundation import L
 from torchvision.transforms.v2 import functional as TF
 
 from ..checks import _check_unit, _check_whole
+from ..objective.patches import _share_of
 
 # %% ../../nbs/data/00_augment.ipynb #99fe9bbb
 class BatchCrop:
@@ -99,15 +100,6 @@ def _resize_boxes(
     top,left,height,width = torch.stack([top,left,height,width]).to(x.device, non_blocking=True)
     wide = (x.float() @ _cubic_weights(left, width, w, w_out).mT[:,None]).clamp_(0, 255)
     return _pixels((_cubic_weights(top, height, h, h_out)[:,None] @ wide).clamp_(0, 255), x.dtype)
-
-# %% ../../nbs/data/00_augment.ipynb #a798f679
-def _share_of(
-    n:int, # Pixels
-    share:float, # In (0,1]
-)->int:
-    "A share of `n` pixels as a multiple of 16, or of 8 where `n` is below 64; at most `n`"
-    unit = 8 if n<64 else 16
-    return n if share==1 else min(max(round(n*share/unit), 1)*unit, n)
 
 # %% ../../nbs/data/00_augment.ipynb #46e3b2e7
 class BatchResizedCrop:

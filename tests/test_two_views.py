@@ -4,6 +4,9 @@ from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientAccumulation
 from fastcore.basics import noop
+from mixfast.paper.cli import main
+from mixfast.paper.efficient_ssl import efficient_settings
+from mixfast.paper.records import missing_runs
 from mixfast.all import BYOL, MAE, HardAugment, KNNAccuracy, MoCo, SimSiam, Sum, linear_probe, mix_dls, mix_learner, view_tfms
 
 rng = np.random.default_rng(0)
@@ -75,3 +78,14 @@ def test_copies_of_wide_images_are_whole_patches():
     o = HardAugment(SimSiam(16, 8))
     assert o._shrunk(torch.zeros(1, 3, 128, 192)).shape[-2:] == (48,64)
     o.setup(vit, torch.zeros(2, 3, 128, 192))
+
+@pytest.mark.parametrize('arg', ['--seeds', '--jobs'])
+def test_commands_take_whole_numbers(arg, capsys):
+    for v in ('0', '-1', 'two'):
+        with pytest.raises(SystemExit) as e: main(['--paper', 'efficient_ssl', arg, v])
+        assert e.value.code == 2 and f'argument {arg}: must be a whole number from 1 up, got {v}' in capsys.readouterr().err
+
+def test_a_foreign_record_is_named(tmp_path):
+    (tmp_path/'small.jsonl').write_text('{"paper": "efficient_ssl", "exp": {"method": "simsiam", "colour": 1}, "seed": 0}\n')
+    with pytest.raises(ValueError, match='a record has not what this version writes .*colour'):
+        missing_runs(efficient_settings(2).exp, 1, tmp_path, 'small')

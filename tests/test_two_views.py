@@ -1,7 +1,9 @@
 "Two views as users combine them: with fastai's callbacks, loaded weights, a second fit, sizes set by hand"
+from tempfile import mkdtemp
 import numpy as np, pytest, timm, torch
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import ProgressCallback
+from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from fastcore.basics import noop
 from mixfast.paper.cli import main
@@ -15,7 +17,7 @@ x,y = rng.integers(0, 256, (24,16,16,3), dtype=np.uint8),np.arange(24)%3
 def learner(o, arch='vit_tiny_patch16_224', metrics=None, drop_last=True, n=24, **kw):
     dls = mix_dls((x[:n],y[:n]), (x[:8],y[:8]), bs=8, seed=0, device='cpu', drop_last=drop_last, **kw)
     args = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2) if arch.startswith('vit') else {}
-    learn = mix_learner(dls, arch, o, metrics=metrics, **args)
+    learn = mix_learner(dls, arch, o, metrics=metrics, path=mkdtemp(), **args)
     learn.remove_cb(ProgressCallback)
     learn.logger = noop
     return learn
@@ -89,3 +91,10 @@ def test_a_foreign_record_is_named(tmp_path):
     (tmp_path/'small.jsonl').write_text('{"paper": "efficient_ssl", "exp": {"method": "simsiam", "colour": 1}, "seed": 0}\n')
     with pytest.raises(ValueError, match='a record has not what this version writes .*colour'):
         missing_runs(efficient_settings(2).exp, 1, tmp_path, 'small')
+
+def test_trackers_wait_for_what_comes():
+    "What is measured in SSL epochs alone, or watched, cannot be monitored in supervised ones"
+    learn = learner(SimSiam(16, 8, norm=False), metrics=KNNAccuracy(k=4))
+    for name,says in (('knn_accuracy', r'in SSL epochs alone: pass KNNAccuracy\(every_phase=True\)'), ('spread', 'watched, and no metric')):
+        with pytest.raises(ValueError, match=says): learn.fit_mixtraining(2, 2, cbs=SaveModelCallback(monitor=name))
+    learn.fit_ssl(1, cbs=SaveModelCallback(monitor='knn_accuracy'))

@@ -135,6 +135,18 @@ def _tell(self:Phases, cb):
 def before_fit(self:Phases):
     "Note who is awake: a callback that the user put to sleep stays asleep"
     self.now,self.awake = None,[cb for cb in self.cbs if cb.run]
+    for cb in self.awake: self._check_monitor(cb)
+
+@patch
+def _check_monitor(self:Phases, cb):
+    "Raise `ValueError` if a tracker waits for what a supervised epoch does not measure"
+    name,what = getattr(cb, 'monitor', None),f"{type(cb).__name__} monitors"
+    if not isinstance(cb, TrackerCallback): return
+    m = next((o for o in self.learn.metrics if o.name==name), None)
+    if self.plan.e_sl and getattr(m, 'of_features', False) and not m.every_phase: raise ValueError(
+        f"{what} {name!r}, which is measured in SSL epochs alone: pass {type(m).__name__}(every_phase=True)")
+    if name in unwrap_model(self.model).objective.indicators(): raise ValueError(
+        f"{what} {name!r}, which is watched, and no metric: monitor a metric, or a loss")
 
 @patch
 def before_epoch(self:Phases):

@@ -9,7 +9,7 @@ from fastcore.basics import noop
 from mixfast.paper.cli import main
 from mixfast.paper.efficient_ssl import efficient_settings
 from mixfast.paper.records import missing_runs
-from mixfast.all import BYOL, MAE, HardAugment, KNNAccuracy, MoCo, SimSiam, Sum, linear_probe, mix_dls, mix_learner, view_tfms
+from mixfast.all import BYOL, MAE, HardAugment, KNNAccuracy, MoCo, SimSiam, Sum, linear_probe, mix_dls, mix_learner, view_tfms, ViewTfms
 
 rng = np.random.default_rng(0)
 x,y = rng.integers(0, 256, (24,16,16,3), dtype=np.uint8),np.arange(24)%3
@@ -98,3 +98,8 @@ def test_trackers_wait_for_what_comes():
     for name,says in (('knn_accuracy', r'in SSL epochs alone: pass KNNAccuracy\(every_phase=True\)'), ('spread', 'watched, and no metric')):
         with pytest.raises(ValueError, match=says): learn.fit_mixtraining(2, 2, cbs=SaveModelCallback(monitor=name))
     learn.fit_ssl(1, cbs=SaveModelCallback(monitor='knn_accuracy'))
+
+def test_views_by_name_and_of_the_wrong_kind():
+    assert str(learner(SimSiam(16, 8), ssl_tfms=['byol']).dls.ssl.view_tfms) == str(view_tfms('byol'))
+    with pytest.raises(ValueError, match='must give float32 images of the same size'):
+        learner(SimSiam(16, 8), ssl_tfms=ViewTfms([lambda x: x.byte()]))

@@ -193,13 +193,20 @@ _FIGURES = ("Mean ± standard deviation; in brackets the paper's. Speed-up: cost
             "accurate, on the course of its runs, divided by the cost; ≥ where it never is. Operations are torch's; "
             "the paper's take the backward pass to cost as much as the forward pass.")
 
+def _sizes_here(g, scale):
+    "What sizes in the paper's names are at a scale, in words"
+    pairs = [(e,scaled(e, scale)) for e in g.exp]
+    px = {getattr(e, k): getattr(s, k) for k in ('min_res','sel_res') for e,s in pairs}
+    return ', '.join(f'{a} px is {b} px here' for a,b in sorted(px.items(), reverse=True) if a)
+
 def _what(g):
     "What these runs are, in a sentence"
     scale,n = g.scale.iloc[0],sorted({g.runs.min(), g.runs.max()})
     s,e = SCALES[scale],scaled(g.exp.iloc[0], scale)
     epochs = f"{100*s['epochs']:g} % of the epochs ({e.epochs} for {g.exp.iloc[0].epochs})"
-    px = full_size(e, scale)
-    small = f" Not the paper's scale: a small ResNet, {epochs}, {px} pixels for 224." if s['model'] else ''
+    px,sizes = full_size(e, scale),_sizes_here(g, scale)
+    names = f" The names of settings are the paper's: {sizes}." if sizes else ''
+    small = f" Not the paper's scale: a small ResNet, {epochs}, {px} pixels for 224.{names}" if s['model'] else ''
     return f"{g.machine.iloc[0]}; runs: {' to '.join(map(str, n))}.{small}"
 
 # %% ../../nbs/paper/08_efficient_results.ipynb #66aab54e

@@ -45,6 +45,17 @@ def _two(learn, phase, views):
         return o[:2].as_subclass(torch.Tensor) if torch.is_tensor(o) else o[:2]
     return to_device(tuple(map(cut, b)), next(learn.model.parameters()).device)
 
+# %% ../../nbs/task/00_core.ipynb #26c0ecc0
+@contextmanager
+def _size_named(dl):
+    "In this context an error about images names the argument that makes the size of those of the loader `dl`"
+    try: yield
+    except ValueError as e:
+        v = getattr(dl, 'view_tfms', None)
+        if v is None or v.size is None or 'cannot take images' not in str(e): raise
+        raise ValueError(f"{e} The size of ssl_tfms (ssl_batch_tfms of a MixBlock) is {v.size} pixels: "
+                         "choose another, or none for that of the images") from e
+
 # %% ../../nbs/task/00_core.ipynb #1ec27140
 def _forward(m, x, phase):
     "What the model gives. Raises `ValueError` where it cannot take the images."
@@ -146,7 +157,8 @@ def _dry_run(learn, plan:MixPlan, cbs=()):
     with _generators_kept(), evaluating(m), torch.compiler.set_stance('force_eager'): # two images, once
         if 'ssl' in names:
             u = _two(learn, 'ssl', m.objective.views)[0]
-            _forward(m, u, 'ssl')
+            with _size_named(phase_dl(learn.dls, 'ssl', m.objective.views, m.objective.view_tfms)):
+                _forward(m, u, 'ssl')
         if names==['ssl']: return
         x,*y = _two(learn, 'mix' if 'mix' in names else 'sl', m.objective.views if 'mix' in names else 1)
         if 'ssl' in names: _check_size(learn, u, x)

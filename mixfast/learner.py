@@ -194,7 +194,7 @@ def _check_arch(arch, kwargs):
         raise TypeError(f"patch_size must be a whole number of pixels, got {kwargs['patch_size']}")
 
 # %% ../nbs/04_learner.ipynb #acbfff4b
-_any_size = 'vision_transformer','deit','eva' # timm's position embeddings follow the image there, if told to
+_any_size = 'vision_transformer','deit','eva','swin_transformer','swin_transformer_v2' # if timm is told to
 
 def _timm_args(arch, x, kwargs):
     "Arguments for `timm.create_model`: what images like `x` ask for, and `kwargs`, which go first"

@@ -136,8 +136,7 @@ def test_refused(make):
     for sp,fit,match in [
         (dict(min=6, max=16, unit=3), dict(e_ssl=4), r'9 is one of the sizes \(6, 9, 12, 15, 16\), and this model takes multiples of 2'),
         (dict(max=32), dict(e_ssl=4), 'max=32 is more than the 16 pixels that the loader gives'), (dict(min=32), dict(e_ssl=4), "min=32 is more than the images' 16"),
-        (dict(warmup_epochs=4), dict(e_ssl=4), 'warmup_epochs=4 leaves nothing of 4 epochs'), (dict(), dict(e_ssl=0), 'needs an SSL phase: e_ssl is 0'),
-        (dict(), dict(e_ssl=2, rho=1), 'pass mix=True')]:
+        (dict(warmup_epochs=4), dict(e_ssl=4), 'warmup_epochs=4 leaves nothing of 4 epochs'), (dict(), dict(e_ssl=2, rho=1), 'pass mix=True')]:
         with pytest.raises(ValueError, match=match): learn.fit_mixtraining(**dict(dict(e_sl=2, rho=0), **fit), cbs=SuperProgressive(**sp))
     for kwargs,match in [(dict(min=9, max=8), 'min=9 is more than max=8'), (dict(stages=1), 'stages must be'), (dict(min=0), 'min must be'), (dict(unit=0.5), 'unit must be'),
                          (dict(warmup_epochs=-1), 'warmup_epochs must be'), (dict(magnitude=(1,)), 'magnitude must be')]:

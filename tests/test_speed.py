@@ -166,7 +166,7 @@ def test_bench(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, 'QUICK', dict(epochs=2))
     monkeypatch.setattr(bench, 'import_rows', lambda n: [])
     out = tmp_path/'bench.json'
-    args = dict(bf16=False, compile=False)
+    args = dict(bf16=False, compile=False, views=False)
     bench.main(True, **args, rounds=1, out=str(out))
     res,text = json.loads(out.read_text()),capsys.readouterr().out
     names = [r['name'] for r in res['ratios']]

@@ -110,8 +110,7 @@ def _check_progressive(cb):
 def _span_of(self:SuperProgressive, plan, h):
     "Epochs that the sizes run over, and those of them that warm up"
     n = plan.e_ssl if self.mix else plan.sl_start
-    if not n: raise ValueError("SuperProgressive needs an SSL phase: " + (
-        "all its epochs are mixed, pass mix=True" if plan.e_ssl else f"e_ssl is {plan.e_ssl}"))
+    if not n: raise ValueError("SuperProgressive needs an SSL phase, and all its epochs are mixed: pass mix=True")
     warm = self.warmup_epochs
     if warm is None: warm = h.warmup*plan.sl_start if h.warmup_epochs is None else h.warmup_epochs
     if warm>=n: raise ValueError(f"warmup_epochs={warm:g} leaves nothing of {n} epochs of SSL: it must be less")

@@ -41,7 +41,7 @@ from .objective.features import body, find_layout
 from .objective.multiview import Teacher
 from .phases import MixPlan
 from .schedule import _check_recipe, _check_sl_sched, get_recipe
-from .task.core import _dry_run, _metrics_rest
+from .task.core import _dry_run, _metrics_rest, _size_named
 from .task.multi import TaskLoss, TaskModel, default_tasks, target_vocabs, task_metrics
 
 # %% ../nbs/04_learner.ipynb #069695cf
@@ -60,8 +60,9 @@ def to_mix(self:Learner,
     "Add `learn.mix` with an objective for the model. A second call changes the objective, if one is given."
     again = 'mix' in vars(self)
     if again and objective is None: return self
-    x = phase_dl(self.dls, 'ssl').one_batch()[0][:2].as_subclass(torch.Tensor)
-    objective = set_up(objective, self.model, x)
+    dl = phase_dl(self.dls, 'ssl')
+    x = dl.one_batch()[0][:2].as_subclass(torch.Tensor)
+    with _size_named(dl): objective = set_up(objective, self.model, x)
     if getattr(self.opt, 'frozen_idx', 0): self.unfreeze()
     if not again: _prepare(self)
     self.mix.kind = find_layout(self.model, x.to(next(self.model.parameters()).device)).kind
@@ -79,10 +80,15 @@ def _check_data(dls, plan):
 
 # %% ../nbs/04_learner.ipynb #b1ceb105
 def _check_enough(learn, plan):
-    "Raise `ValueError` where the phases of `plan` have too few images for the objective"
+    "Raise `ValueError` where the phases of `plan` have too few images, or a batch too few, for the objective"
     n = phase_dl(learn.dls, 'ssl').n # the mix phase draws from these, too
     for dl in (phase_dl(learn.dls, p.name) for p in plan.phases if p.ssl):
-        learn.mix.objective.check_data(max(n, dl.n), dl.bs*_ranks(learn)[1])
+        check,bs = partial(learn.mix.objective.check_data, max(n, dl.n)),dl.bs*_ranks(learn)[1]
+        check(bs)
+        if dl.drop_last or dl.n%bs==0: continue
+        try: check(dl.n%bs)
+        except ValueError as e:
+            raise ValueError(f"the last batch of {dl.n} images: {e}. Use drop_last=True, or another bs") from e
 
 # %% ../nbs/04_learner.ipynb #9eb2fb3a
 def _check_gathering(learn, plan, cbs):
@@ -190,7 +196,7 @@ def _check_arch(arch, kwargs):
         raise TypeError(f"patch_size must be a whole number of pixels, got {kwargs['patch_size']}")
 
 # %% ../nbs/04_learner.ipynb #acbfff4b
-_any_size = 'vision_transformer','deit','eva' # timm's position embeddings follow the image there, if told to
+_any_size = 'vision_transformer','deit','eva','swin_transformer','swin_transformer_v2' # if timm is told to
 
 def _timm_args(arch, x, kwargs):
     "Arguments for `timm.create_model`: what images like `x` ask for, and `kwargs`, which go first"

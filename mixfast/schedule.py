@@ -30,7 +30,7 @@ def warmup_cosine(
 def _one_cycle(i, n, warm=0):
     "Share of the largest rate at step `i` of `n`: up by a half cosine in `warm` steps, then down by another"
     half = lambda t: 0.5*(1+math.cos(math.pi*t))
-    return 1-half(i/warm) if i<warm else half((i-warm)/(n-warm))
+    return 1-half(i/warm) if i<warm else half((i-warm)/max(n-warm, 1))
 
 def _against(share, lo, hi):
     "The momentum where the rate is `share` of its largest"
@@ -96,7 +96,7 @@ def _check_sched(sched, warmup_epochs, mom, opt):
 def _check_number(**values):
     "Raise `ValueError` unless every value is a finite number, 0 or more"
     for k,v in values.items():
-        if not (isinstance(v, Real) and v>=0 and math.isfinite(v)):
+        if not (isinstance(v, Real) and not isinstance(v, bool) and v>=0 and math.isfinite(v)):
             raise ValueError(f"{k} must be a finite number, 0 or more, got {v}")
 
 # %% ../nbs/02_schedule.ipynb #83e2d923

@@ -10,7 +10,7 @@ from conftest import HOT, TINY, images, same, state
 from mixfast.all import MixModel, Recipe, Hypers, mix_dls, mix_learner
 from mixfast.insight.cost import _count
 from mixfast.model import mix_splitter
-from mixfast.objective.dino import DINO, Prototypes
+from mixfast.objective.dino import DINO, dino_loss
 from test_distributed import Log, check_alike, check_close, fit, launch
 
 pytestmark = pytest.mark.filterwarnings('ignore:epoch .* seems to collapse') # fits of a few steps
@@ -52,6 +52,14 @@ def test_loss_and_center_by_hand():
     with torch.no_grad(): o.after_step(net, 0.05)
     torch.testing.assert_close(o.center, 0.9*center + 0.1*torch.cat(t).mean(0))
 
+def test_the_loss_keeps_its_digits():
+    "Float32 in mixed precision, to the bit, and in double"
+    s,p = torch.randn(4, 3, 4096).clamp(-1, 1),torch.randn(2, 3, 4096).softmax(2)
+    full = dino_loss(s, p)
+    with torch.autocast('cpu', torch.bfloat16): half = dino_loss(s, p)
+    assert torch.equal(half, full) and half.dtype==torch.float32
+    torch.testing.assert_close(dino_loss(s.double(), p), full)
+
 def test_the_center_waits_for_the_step():
     "Two batches of different sizes are one mean; what a skipped step has seen is dropped"
     o,net = ready()
@@ -83,10 +91,11 @@ def test_the_center_is_that_of_all_processes(monkeypatch):
 
 def same_views(bs):
     "Views that are not drawn, so that processes see what one would"
-    dls = mix_dls(images(24), images(9, seed=1), bs=bs, seed=3, ssl_tfms=lambda x: x.flip(3))
+    dls = mix_dls(images(29), images(9, seed=1), bs=bs, seed=3, ssl_tfms=lambda x: x.flip(3), drop_last=False)
     return mix_learner(dls, objective=small(freeze_last=0.4, momentum=0.8), metrics=accuracy, **TINY)
 
 def test_two_processes_are_as_one(launch, monkeypatch):
+    "Where parts of the last batch are not equal, too"
     monkeypatch.setattr(Log, 'before_batch', lambda self: None) # it reads a single view
     kw = dict(bs=12, make_learn=same_views, e=(2,2), seed=0, after=lambda learn: dict(center=learn.mix.objective.center.clone()))
     one,(a,b) = launch(partial(fit, **kw), 1)[0],launch(partial(fit, world=2, **kw), 2)

@@ -84,7 +84,7 @@ def test_full_size_and_bad_views():
     assert n==[(30,16),(10,16)]
     with pytest.raises(ValueError, match="views of one size: use ssl_tfms='simclr'"): o.encode(net, (*xs[:2], *[x[...,:8,:8] for x in xs[2:]]))
     vit = timm.create_model('vit_tiny_patch16_224', depth=1, img_size=32, dynamic_img_size=True)
-    with pytest.raises(ValueError, match='size=24: the model cannot take images of 24 pixels; a transformer needs multiples'):
+    with pytest.raises(ValueError, match='size=24: the model cannot take images of 24x24 pixels; a transformer needs multiples'):
         set_up(HardAugment(SimSiam(), size=24), vit, torch.zeros(2, 3, 32, 32))
 
 class Bare(MultiView):

@@ -1,10 +1,11 @@
 "Super Progressive: sizes by the step, whatever loader, objective and model; resumed, restored, refused. `lr_find` in a phase"
+from copy import deepcopy
 from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.vision.all import Callback, ProgressCallback, noop, resnet18, vision_learner
 from conftest import HOT, images, same, state
-from mixfast.all import (AE, GradientAccumulation, Hypers, MAE, Recipe, SuperProgressive, mix_dls, mix_learner, progressive_at,
-    progressive_sizes, progressive_speedup, view_tfms)
+from mixfast.all import (AE, BYOL, DINO, GradientAccumulation, HardAugment, Hypers, MAE, MoCo, Recipe, SimCLR, SimSiam, SuperProgressive,
+    mix_dls, mix_learner, progressive_at, progressive_sizes, progressive_speedup, view_tfms)
 from mixfast.objective.multiview import MultiView
 from test_distributed import check_alike, check_close, fit as fit_in_processes, fixed_mask, launch, learner as make_in_process
 from test_fit import file_dls
@@ -70,13 +71,15 @@ def test_plain_loaders(tmp_path):
     learn.fit_mixtraining(3, 1, rho=0, cbs=[SuperProgressive(magnitude=None, warmup_epochs=0), seen])
     assert [o[1] for o in seen.train if o[0]=='ssl']==sorted(o[1] for o in seen.train if o[0]=='ssl') and {o[1] for o in seen.train}=={16,24,32}
 
-@pytest.mark.parametrize('told', [True,False])
-def test_resume(make, tmp_path, told):
-    "Bit for bit: within a stage, at its end, at an epoch's"
+F1CLR = Recipe(Hypers(0.2, sched='f1clr', warmup_epochs=1, opt='sgd', wd=5e-4), HOT.sl)
+
+@pytest.mark.parametrize('told,objective,recipe', [(True,Agree,HOT), (False,MAE,HOT), (True,partial(HardAugment, BYOL(16, 32), n=3, size=8),F1CLR)])
+def test_resume(make, tmp_path, told, objective, recipe):
+    "Bit for bit: within a stage, at its end, at an epoch's; with the two other strategies"
     def new(seed):
         dls = views_dls(size=16, seed=3, ssl_tfms=[view_tfms('simclr')] if told else None)
-        return make(seed=seed, c=3, objective=Agree if told else MAE, dls=dls)
-    fit = dict(e_ssl=3, e_sl=2, recipe=HOT)
+        return make(seed=seed, c=3, objective=deepcopy(objective)(), dls=dls)
+    fit = dict(e_ssl=3, e_sl=2, recipe=recipe)
     cbs = lambda: [SuperProgressive(8, stages=3, unit=4, warmup_epochs=0.5, mix=True)]
     check_resumed(new, tmp_path/'run', (2,3,3), every_steps=1, cbs=cbs, **fit)
     with pytest.raises(ValueError, match='callbacks was'): new(0).fit_mixtraining(**fit, checkpoint=tmp_path/'run', resume=True)
@@ -109,22 +112,23 @@ def test_small_views_follow(make):
     xs = torch.rand(2, 3, 224, 224),torch.rand(2, 3, 96, 96)
     assert [o.shape[-1] for o in _shrunk(xs, 160)]==[160,64] and _shrunk(torch.rand(1, 3, 48, 64), 32).shape[-2:]==(24,32)
 
-def test_compiled(make):
-    "Nothing is compiled again within a stage"
+@pytest.mark.parametrize('kwargs,dynamic,sizes,anew', [(dict(), False, (8,12,16), (8,12,16)), (dict(arch='resnet10t', objective=SimSiam(16, 8)), None, (16,24,32), (16,24))])
+def test_compiled(make, kwargs, dynamic, sizes, anew):
+    "Nothing is compiled again within a stage; by default the second size is the last to be compiled for, with a validation in between"
     n = [0]
     def backend(gm, inputs):
         n[0] += 1
         return gm.forward
-    learn = make(dls=views_dls(n=32, size=16, valid=False), c=3).compile(backend=backend, dynamic=False)
+    learn = make(dls=views_dls(n=32, size=sizes[-1], valid=dynamic is None), c=3, **kwargs).compile(backend=backend, dynamic=dynamic)
     class Count(Callback):
         order,run_valid = 2000,False
         def __init__(self): self.by_step = []
         def before_batch(self): self.n = n[0]
-        def after_batch(self): self.by_step.append((self.xb[0].shape[-1], n[0]-self.n))
+        def after_batch(self): self.by_step.append((self.xb[0][0].shape[-1], n[0]-self.n)) # of a view, or of an image
     count = Count()
-    learn.fit_ssl(3, recipe=HOT, cbs=[SuperProgressive(8, stages=3, unit=4, warmup_epochs=0), count])
-    sizes = [o for o,_ in count.by_step]
-    assert [i for i,(_,c) in enumerate(count.by_step) if c]==[sizes.index(o) for o in (8,12,16)]
+    learn.fit_ssl(3, recipe=HOT, cbs=[SuperProgressive(sizes[0], stages=3, unit=4, warmup_epochs=0), count])
+    seen = [o for o,_ in count.by_step]
+    assert seen==[o for o in sizes for _ in range(4)] and [i for i,(_,c) in enumerate(count.by_step) if c]==[seen.index(o) for o in anew]
 
 def test_refused(make):
     learn = make(size=16)
@@ -132,8 +136,7 @@ def test_refused(make):
     for sp,fit,match in [
         (dict(min=6, max=16, unit=3), dict(e_ssl=4), r'9 is one of the sizes \(6, 9, 12, 15, 16\), and this model takes multiples of 2'),
         (dict(max=32), dict(e_ssl=4), 'max=32 is more than the 16 pixels that the loader gives'), (dict(min=32), dict(e_ssl=4), "min=32 is more than the images' 16"),
-        (dict(warmup_epochs=4), dict(e_ssl=4), 'warmup_epochs=4 leaves nothing of 4 epochs'), (dict(), dict(e_ssl=0), 'needs an SSL phase: e_ssl is 0'),
-        (dict(), dict(e_ssl=2, rho=1), 'pass mix=True')]:
+        (dict(warmup_epochs=4), dict(e_ssl=4), 'warmup_epochs=4 leaves nothing of 4 epochs'), (dict(), dict(e_ssl=2, rho=1), 'pass mix=True')]:
         with pytest.raises(ValueError, match=match): learn.fit_mixtraining(**dict(dict(e_sl=2, rho=0), **fit), cbs=SuperProgressive(**sp))
     for kwargs,match in [(dict(min=9, max=8), 'min=9 is more than max=8'), (dict(stages=1), 'stages must be'), (dict(min=0), 'min must be'), (dict(unit=0.5), 'unit must be'),
                          (dict(warmup_epochs=-1), 'warmup_epochs must be'), (dict(magnitude=(1,)), 'magnitude must be')]:
@@ -176,10 +179,31 @@ def test_lr_find(make, phase, capsys):
         return state(learn.model)
     assert same(fitted(True), fitted(False))
 
-def test_lr_find_of_negative_losses(make):
-    "To fastai they have diverged at once"
-    learn = make(objective=Agree, c=3, size=16, dls=views_dls(size=16, ssl_tfms=[view_tfms('simclr')]))
-    assert 1e-7<learn.lr_find(phase='ssl', num_it=40, show_plot=False).valley<10 and len(learn.recorder.lrs)>20
+@pytest.mark.parametrize('objective', [Agree, BYOL(16, 32), SimCLR(16, 16)])
+def test_lr_find_of_two_views(make, objective):
+    "The rate is one to train with: the loss falls, and further than with a thousandth of it. To fastai losses below 0 have diverged at once"
+    def last_loss(share):
+        learn = make(objective=deepcopy(objective), c=3, dls=views_dls(n=48, size=16, seed=0))
+        lr = learn.lr_find(phase='ssl', num_it=40, show_plot=False).valley*256/8
+        assert len(learn.recorder.lrs)>20
+        learn.fit_ssl(4, recipe=Recipe(Hypers(lr*share, warmup=0), HOT.sl))
+        return learn.mix.history.ssl_loss.iloc[[0,-1]]
+    (first,last),(_,idle) = last_loss(1),last_loss(1e-3)
+    assert last<first and last<idle-0.05*abs(idle)
+
+@pytest.mark.parametrize('objective', [BYOL(16, 32), MoCo(16, 16, queue=16), DINO(16, 32, 16)])
+def test_lr_find_restores_teachers(make, objective):
+    "And queues and centers, bit for bit; a queue that is random in the beginning does not end it"
+    def fitted(find):
+        learn = make(objective=deepcopy(objective), c=3, dls=views_dls(n=48, size=16, seed=0))
+        learn.fit_ssl(1, recipe=HOT)
+        before = state(learn.mix.objective)
+        if find: learn.lr_find(phase='ssl', num_it=20, show_plot=False)
+        assert same(before, state(learn.mix.objective))
+        torch.manual_seed(0)
+        learn.fit_mixtraining(2, 2, recipe=HOT)
+        return state(learn.model)|{f'o.{k}': v for k,v in state(learn.mix.objective).items()}
+    assert same(fitted(True), fitted(False))
 
 def test_lr_find_without_labels(make, capsys):
     "Needs not be told; few images are gone through several times"

@@ -9,7 +9,7 @@ from torchvision.transforms import ColorJitter
 from torchvision.transforms.v2 import functional as TF
 
 from mixfast.all import (BatchBlur, BatchCrop, BatchFlip, BatchGray, BatchJitter, BatchRandAugment, BatchResizedCrop, BatchSolarize, MixBlock,
-    Objective, ViewTfms, mix_dls, phase_dl, valid_dl, view_pipe, view_sets, view_tfms)
+    Objective, ViewTfms, mix_dls, mix_learner, phase_dl, valid_dl, view_pipe, view_sets, view_tfms)
 from mixfast.data.loader import _seeded
 from mixfast.data.views import _brightness, _contrast, _hue, _saturation
 from mixfast.objective.features import find_layout
@@ -296,7 +296,7 @@ def test_a_fit_with_the_objectives_views(make, tmp_path, two):
     ref.fit_mixtraining(**kw, cbs=cb)
     n = len(ref.dls.ssl)
     assert cb.seen==[[8-2*(i%2)]*2 for k in (n,n,len(ref.dls.mix)) for i in range(k)] and n > 2
-    assert ref.mix.settings['ssl_tfms']=="[[view_tfms('simclr')]]"
+    assert ref.mix.settings['ssl_tfms']=="[[view_tfms('simclr')]][(None, 5)]" # size and magnitude at the start
     class Die(Callback):
         only_watches = True
         def before_epoch(self):
@@ -316,18 +316,34 @@ def test_other_objectives(make, tmp_path):
     for f in (lambda: phase_dl(own, 'ssl', 2, 'simclr'), lambda: valid_dl(own, 2, 'simclr')):
         with pytest.raises(ValueError, match='objective needs 2 views of each image: use mix_dls, or a MixBlock'): f()
     assert phase_dl(own, 'ssl', 1, 'simclr') is own.train
+    learn = mix_learner(own, 'resnet10t', Pull())
+    for fit in (learn.fit_ssl, lambda e: learn.fit_mixtraining(e, e, rho=1)):
+        with pytest.raises(ValueError, match='objective needs 2 views of each image: use mix_dls, or a MixBlock'): fit(1)
 
-def test_two_views_cost_little():
-    "Less than 15 % of a step of a ResNet-18 on them, at 128 pixels"
+def test_a_size_that_the_model_cannot_take(make):
+    "The argument is named, before anything is trained"
+    says = r'cannot take images \[B,C,H,W\] = \[2, 3, 20, 20\].* The size of ssl_tfms .* is 20 pixels'
+    def dls(size): return mix_dls(images(24, 32, 3), bs=8, ssl_tfms=view_tfms('simclr', size=size))
+    with pytest.raises(ValueError, match=says): make(dls=dls(20), objective=Pull(), patch_size=8)
+    learn = make(dls=dls(16), objective=Pull(), patch_size=8, metrics=None)
+    learn.dls = dls(20)
+    for e_sl in (0,1):
+        with pytest.raises(ValueError, match=says): learn.fit_mixtraining(1, e_sl, rho=0)
+    learn.dls = dls(24)
+    learn.fit_ssl(1)
+
+@pytest.mark.parametrize('name,n', [('simclr',2), ('byol',2), ('dino',2), ('dino',8)])
+def test_two_views_cost_little(name, n):
+    "Less than 15 % of a step of a ResNet-18 on them, at 128 pixels; with small crops too"
     def seconds(f, n):
         f()
         ts = []
         for _ in range(n): t = time.process_time(); f(); ts.append(time.process_time()-t)
         return min(ts)
-    x,tfms = torch.randint(0, 256, (16,128,128,3), dtype=torch.uint8).permute(0,3,1,2),view_tfms('simclr')
+    x,tfms = torch.randint(0, 256, (16,128,128,3), dtype=torch.uint8).permute(0,3,1,2),view_tfms(name)
     m = timm.create_model('resnet18', num_classes=0).train()
     opt = torch.optim.SGD(m.parameters(), 0.1)
-    def views(): return torch.cat([tfms(x, i) for i in range(2)])
-    v = views()
-    def step(): m(v).sum().backward(); opt.step(); opt.zero_grad()
+    def views(): return [tfms(x, i) for i in range(n)]
+    vs = views()
+    def step(): sum(m(torch.cat(o)).sum() for o in (vs[:2], vs[2:]) if o).backward(); opt.step(); opt.zero_grad()
     assert seconds(views, 3) < 0.15*seconds(step, 1)

@@ -124,7 +124,8 @@ def _enter(self:Phases, ph):
 def _tell(self:Phases, cb):
     "Tell a callback of fastai that a phase has begun"
     if isinstance(cb, GradientAccumulation): cb.count = 0 # what it had gathered is dropped
-    if isinstance(cb, MixHandler): cb.run = self.now.sl
+    several = self.now.ssl and self._views()[0]>1
+    if isinstance(cb, MixHandler): cb.run = self.now.sl and not several # it blends one batch, not each view
     if isinstance(cb, TrackerCallback):
         cb.run = self.now.sl or self.plan.e_sl==0 or bool(getattr(cb, 'every_epoch', False))
         if cb.monitor=='train_loss': cb.best = math.inf if cb.comp(0,1) else -math.inf
@@ -134,6 +135,18 @@ def _tell(self:Phases, cb):
 def before_fit(self:Phases):
     "Note who is awake: a callback that the user put to sleep stays asleep"
     self.now,self.awake = None,[cb for cb in self.cbs if cb.run]
+    for cb in self.awake: self._check_monitor(cb)
+
+@patch
+def _check_monitor(self:Phases, cb):
+    "Raise `ValueError` if a tracker waits for what a supervised epoch does not measure"
+    name,what = getattr(cb, 'monitor', None),f"{type(cb).__name__} monitors"
+    if not isinstance(cb, TrackerCallback): return
+    m = next((o for o in self.learn.metrics if o.name==name), None)
+    if self.plan.e_sl and getattr(m, 'of_features', False) and not m.every_phase: raise ValueError(
+        f"{what} {name!r}, which is measured in SSL epochs alone: pass {type(m).__name__}(every_phase=True)")
+    if name in unwrap_model(self.model).objective.indicators(): raise ValueError(
+        f"{what} {name!r}, which is watched, and no metric: monitor a metric, or a loss")
 
 @patch
 def before_epoch(self:Phases):

@@ -20,6 +20,7 @@ from .core import _call_one, _one_batch, _with_events
 from .distributed import _ranks
 from .guard import _forget_inf
 from ..model import MixModel, _forget, _new_opt, plain_model
+from ..objective.multiview import Teacher
 
 # %% ../../nbs/callback/07_owner.ipynb #0e8ae04d
 _in_a_fit = ('_do_one_batch','_call_one','_with_events','_do_fit','all_batches', # what stands in for methods
@@ -64,6 +65,9 @@ def _restore(learn, before):
     m.zero_grad() # a step that was interrupted leaves its gradients
     if isinstance(m, MixModel): learn.model,learn.mix.objective = m.backbone,m.objective
     learn.mix.objective.at(0.)
+    learn.mix.objective.skip_step() # nor what was gathered for it
+    for o in learn.mix.objective.modules():
+        if isinstance(o, Teacher): o.renew()
     if getattr(learn.opt, 'by_name', None): _new_opt(learn)
     if learn.opt:
         _forget_inf(learn.opt)

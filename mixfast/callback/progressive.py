@@ -98,7 +98,7 @@ def _check_progressive(cb):
     _check_whole(2, stages=cb.stages)
     _check_whole(1, **{k: getattr(cb, k) for k in ('min','max','unit') if getattr(cb, k) is not None})
     if cb.min and cb.max and cb.min>cb.max: raise ValueError(f"min={cb.min} is more than max={cb.max}")
-    number = lambda o: isinstance(o, Real) and o>=0
+    number = lambda o: isinstance(o, Real) and 0<=o<math.inf
     if not (cb.warmup_epochs is None or number(cb.warmup_epochs)):
         raise ValueError(f"warmup_epochs must be a number, 0 or more, got {cb.warmup_epochs!r}")
     m = cb.magnitude
@@ -110,8 +110,7 @@ def _check_progressive(cb):
 def _span_of(self:SuperProgressive, plan, h):
     "Epochs that the sizes run over, and those of them that warm up"
     n = plan.e_ssl if self.mix else plan.sl_start
-    if not n: raise ValueError("SuperProgressive needs an SSL phase: " + (
-        "all its epochs are mixed, pass mix=True" if plan.e_ssl else f"e_ssl is {plan.e_ssl}"))
+    if not n: raise ValueError("SuperProgressive needs an SSL phase, and all its epochs are mixed: pass mix=True")
     warm = self.warmup_epochs
     if warm is None: warm = h.warmup*plan.sl_start if h.warmup_epochs is None else h.warmup_epochs
     if warm>=n: raise ValueError(f"warmup_epochs={warm:g} leaves nothing of {n} epochs of SSL: it must be less")
@@ -144,7 +143,7 @@ def check_fit(self:SuperProgressive,
     recipe:Recipe, # Its warm-up is the default
 ):
     "Settle the sizes of a fit; `fit_mixtraining` calls it. Raises `ValueError` where something does not fit."
-    self.epochs,self.warm = self._span_of(plan, recipe.ssl)
+    self.epochs,self.warm = self._span_of(plan, recipe.ssl) if plan.e_ssl else (0,0) # without SSL it rests
     m = MixModel(learn.model, learn.mix.objective)
     with _generators_kept(), evaluating(m), torch.compiler.set_stance('force_eager'):
         for name in [p.name for p in plan.phases if self._acts_in(p.name)]:

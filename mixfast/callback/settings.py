@@ -23,6 +23,7 @@ from ..data.batch import MixBatch, ViewTransform
 from ..data.loader import SeededDL
 from ..data.mix import phase_dl
 from ..data.store import ImageStore
+from ..data.views import ViewTfms
 
 # %% ../../nbs/callback/04_settings.ipynb #b5ac00da
 def _fingerprint(dl, world_size=1)->dict:
@@ -40,7 +41,8 @@ def _fingerprint(dl, world_size=1)->dict:
 def _tfms_of(dl):
     "The augmentations that a loader of `mix_dls` applies to its batches, and the views of any loader, as a string"
     tfms = [list(L(t.tfms)) for t in getattr(dl.after_batch, 'fs', ()) if isinstance(t, (MixBatch,ViewTransform))]
-    return re.sub(r' at 0x[0-9a-f]+', '', repr(tfms))
+    views = [(o.size,o.magnitude) for os in tfms for o in os if isinstance(o, ViewTfms)] # which can be set at any time
+    return re.sub(r' at 0x[0-9a-f]+', '', repr(tfms)+repr(views)*bool(views))
 
 # %% ../../nbs/callback/04_settings.ipynb #3fb591eb
 def _data_settings(dls, world_size=1, tfms=None)->dict:

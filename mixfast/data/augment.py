@@ -17,6 +17,7 @@ from fastcore.foundation import L
 from torchvision.transforms.v2 import functional as TF
 
 from ..checks import _check_unit, _check_whole
+from ..objective.patches import _share_of
 
 # %% ../../nbs/data/00_augment.ipynb #99fe9bbb
 class BatchCrop:
@@ -114,15 +115,6 @@ def _nearest_boxes(
     def at(start, n, k): return start[:,None] + ((torch.arange(k)+0.5)*(n/k)[:,None]).long()
     i,j = [at(*o).to(y.device, non_blocking=True) for o in ((top,height,size[0]), (left,width,size[1]))]
     return y[torch.arange(len(y), device=y.device)[:,None,None], i[:,:,None], j[:,None]]
-
-# %% ../../nbs/data/00_augment.ipynb #a798f679
-def _share_of(
-    n:int, # Pixels
-    share:float, # In (0,1]
-)->int:
-    "A share of `n` pixels as a multiple of 16, or of 8 where `n` is below 64; at most `n`"
-    unit = 8 if n<64 else 16
-    return n if share==1 else min(max(round(n*share/unit), 1)*unit, n)
 
 # %% ../../nbs/data/00_augment.ipynb #46e3b2e7
 class BatchResizedCrop:

@@ -162,7 +162,7 @@ def _check_tfms(tfms, x, name):
             dtype = torch.float if isinstance(t, ViewTfms) else x.dtype
             n = 2 if name=='ssl_tfms' else 4 # so many dimensions stay as they are
             if getattr(y, 'dtype', None)!=dtype or y.ndim!=4 or y.shape[:n]!=x.shape[:n] or not y.numel():
-                raise ValueError(f"{name}: {t!r} must give uint8 images of the same size, as it was given")
+                raise ValueError(f"{name}: {t!r} must give {str(dtype)[6:]} images of the same size, as it was given")
 
 # %% ../../nbs/data/05_mix.ipynb #421e78be
 def _check_stats(stats, c):
@@ -178,6 +178,7 @@ def _check_stats(stats, c):
 def _tfms(tfms, ssl_tfms, store, device):
     "Augmentations of both sides. Raises `ValueError` or `TypeError` if they do not work on images of the store."
     names = [*paper_tfms, *view_sets]
+    if len(L(ssl_tfms))==1 and isinstance(L(ssl_tfms)[0], str): ssl_tfms = L(ssl_tfms)[0]
     if isinstance(ssl_tfms, str) and ssl_tfms not in names:
         raise ValueError(f"ssl_tfms must be functions of a batch or one of {names}, got {ssl_tfms!r}")
     if isinstance(ssl_tfms, str) and ssl_tfms in view_sets: ssl_tfms = view_tfms(ssl_tfms)

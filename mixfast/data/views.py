@@ -255,8 +255,8 @@ def view_tfms(
     "A published set of augmentations. Raises `ValueError` or `TypeError` on bad input."
     if name not in view_sets: raise ValueError(f"name must be one of {list(view_sets)}, got {name!r}")
     small = dict(blur=0.) | (dict(jitter=(0.4,0.4,0.4,0.1)) if name=='simclr' else {})
-    res = ViewTfms(*[view_pipe(**{**o, **kwargs}) for o in view_sets[name]],
-                   small=[view_pipe(**{**o, **small, **kwargs}) for o in view_sets[name]])
+    def pipe(o): return view_pipe(**{**o, **{k:v for k,v in kwargs.items() if k!='share' or k in o}}) # of small crops
+    res = ViewTfms(*map(pipe, view_sets[name]), small=[pipe({**o, **small}) for o in view_sets[name]])
     res.size,res.magnitude = size,magnitude
     args = dict(size=size, magnitude=magnitude, **kwargs)
     res.made = ', '.join([f"view_tfms({name!r}", *[f'{k}={v!r}' for k,v in args.items() if (k,v) not in _usual]]) + ')'

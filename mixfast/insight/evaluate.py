@@ -20,6 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn.utils import skip_init
 
+from ..checks import _check_positive, _check_whole
 from ..data.loader import MixDL
 from ..model import plain_model
 from ..objective.features import evaluating, features
@@ -101,7 +102,10 @@ class KNNAccuracy(_FeatureMetric):
         t:float=0.07, # Temperature of the vote, see `knn_predict`
         n:int=10_000, # At most so many labelled images
         every_phase:bool=False, # In the supervised phases too?
-    ): self.k,self.t,self.n,self.every_phase = k,t,n,every_phase
+    ):
+        _check_whole(1, k=k, n=n)
+        _check_positive(t=t)
+        self.k,self.t,self.n,self.every_phase = k,t,n,every_phase
 
     @property
     def value(self):
@@ -126,7 +130,7 @@ def feature_spread(
     f, # Features or outputs, a row an image, float [N,D]
 )->float: # In [0,1]
     "The standard deviation of normalised features, mean of the channels, times sqrt(D) (Chen and He 2021, Section 4.1)"
-    return (F.normalize(f.float(), dim=1).std(0).mean()*f.shape[1]**0.5).item()
+    return (F.normalize(f.float(), dim=1).std(0, correction=0).mean()*f.shape[1]**0.5).item()
 
 # %% ../../nbs/insight/01_evaluate.ipynb #16aa4d94
 class RankMe(_FeatureMetric):
@@ -198,6 +202,7 @@ def linear_probe(
 )->float: # Accuracy on the validation images, in [0,1]
     "Accuracy of a logistic regression on frozen, standardised features. Raises `ValueError` if there are no labels."
     if by not in (None,'sklearn','sgd'): raise ValueError(f"by must be 'sklearn', 'sgd' or None, got {by!r}")
+    if n is not None: _check_whole(2, n=n)
     if not len(learn.dls.valid): raise ValueError("there are no validation images to probe on")
     (f,y),(fv,yv) = [embed(learn, dl) for dl in (_bank_dl(learn, n), learn.dls.valid)]
     probe = _sgd_probe if by=='sgd' or by is None and len(f)>50_000 else _sklearn_probe

@@ -24,7 +24,7 @@ from ..callback.owner import _mixing
 from ..data.batch import MixBatch, ViewTransform
 from ..data.loader import SeededDL
 from ..data.mix import phase_dl
-from ..learner import _check_data, _recipe_of
+from ..learner import _check_data, _check_enough, _recipe_of
 from ..model import _new_opt
 from ..phases import MixPlan
 from ..schedule import Hypers, _at
@@ -42,7 +42,7 @@ def _trial_plan(phase, num_it):
 class _Hold(Callback):
     "All of `Hypers` but the rate, as at its largest; and the end where the loss diverges"
     order,run_valid = 61,False # after fastai's `LRFinder`
-    def __init__(self, h:Hypers, stop_div=True): self.h,self.stop_div = h,stop_div
+    def __init__(self, h:Hypers, stop_div=True): self.h,self.stop_div,self.best = h,stop_div,float('inf')
     def before_fit(self):
         "Set decay and momenta, as far as the optimizer has them"
         now = dict(wd=self.h.wd, mom=_at(self.h, 0, 1, 0)[1], sqr_mom=self.h.betas[1])
@@ -53,8 +53,9 @@ class _Hold(Callback):
         self.bs = _step_images(self.learn)
     def after_batch(self):
         "Stop at four times the best loss, as fastai does; but one that is a similarity may be 0, or below"
-        best = self.lr_finder.best_loss
-        if self.stop_div and self.smooth_loss>best+3*max(abs(best), 0.1): raise CancelFitException()
+        if self.train_iter<=self.lr_finder.num_it//10: return # MoCo's queue is random at first
+        self.best = min(self.best, float(self.smooth_loss))
+        if self.stop_div and self.smooth_loss>self.best+3*max(abs(self.best), 0.1): raise CancelFitException()
 
 # %% ../../nbs/insight/06_lr_find.ipynb #c1aa5009
 @contextmanager
@@ -81,6 +82,7 @@ def _phase_lr_find(learn, phase, recipe, num_it, stop_div=True, **kwargs):
     plan,seeds = _trial_plan(phase, num_it),Seeds()
     _check_data(learn.dls, plan)
     learn.to_mix()
+    _check_enough(learn, plan)
     _dry_run(learn, plan, learn.cbs)
     r,fit = _recipe_of(learn, recipe),learn.fit
     hold,n = _Hold(r.ssl if phase=='ssl' else r.sl, stop_div),len(phase_dl(learn.dls, phase, learn.mix.objective.views))

@@ -33,7 +33,8 @@ def _plot_losses(mix, ax):
     for k,v in {**h[['ssl_loss','sl_loss']], **valid}.items():
         style = dict(ls='--' if 'valid' in k else '-', color='C0' if 'ssl' in k else 'C1')
         if v.notna().any(): ax.plot(h.epoch+1, v, label=k, **style)
-    ax.set(ylabel='loss', yscale='log')
+    above = all((o.get_ydata()>0).all() for o in ax.lines)
+    ax.set(ylabel='loss', yscale='log' if above else 'linear')
 
 # %% ../../nbs/insight/05_plot.ipynb #41e22373
 @patch

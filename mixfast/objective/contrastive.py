@@ -184,11 +184,11 @@ def skip_step(self:MoCo):
 @patch
 def get_extra_state(self:MoCo):
     "The keys that wait, [m,D], for `state_dict`"
-    return torch.cat([self.queue[:0], *self.coming])
+    return torch.cat([self.queue[:0], *[k.to(self.queue) for k in self.coming]]) # the model may have been moved
 
 @patch
 def set_extra_state(self:MoCo,
     state:Tensor, # Of `get_extra_state`
 ):
     "Take over the keys that wait"
-    self.coming = [state.to(self.queue.device)]
+    self.coming = [state]

@@ -43,9 +43,10 @@ def dino_loss(
     s:Tensor, # The student's outputs for all views, float [V,n,K]
     p:Tensor, # The teacher's probabilities for the first of them, float [T,n,K]
     temp:float=0.1, # Temperature of the student
-)->Tensor: # Scalar
+)->Tensor: # Scalar, float32
     "Cross-entropy of teacher and student, the mean over images and pairs of different views"
-    ce = -torch.einsum('tnk,vnk->tv', p, (s/temp).log_softmax(2))/s.shape[1]
+    with torch.autocast(s.device.type, enabled=False):
+        ce = -torch.einsum('tnk,vnk->tv', p.float(), (s.float()/temp).log_softmax(2))/s.shape[1]
     return (ce.sum()-ce.diagonal().sum())/(ce.numel()-len(p))
 
 # %% ../../nbs/objective/06_dino.ipynb #fa4cdf1d
@@ -104,8 +105,8 @@ def teacher_temp_at(self:DINO,
 # %% ../../nbs/objective/06_dino.ipynb #1a217d02
 @patch
 def _says(self:DINO, g):
-    "The teacher's probabilities, of its outputs [...,K]"
-    return ((g-self.center)/self.teacher_temp_at(self.t)).softmax(-1)
+    "The teacher's probabilities, float32, of its outputs [...,K]"
+    return ((g-self.center.float())/self.teacher_temp_at(self.t)).softmax(-1)
 
 
 @patch

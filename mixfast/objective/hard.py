@@ -20,6 +20,7 @@ from ..checks import _check_whole
 from .dino import DINO
 from .features import features, find_layout
 from .multiview import MultiView, ViewFeatures, across_views
+from .patches import _share_of
 from .siamese import BYOL, SimSiam, neg_cosine
 
 # %% ../../nbs/objective/07_hard.ipynb #504db4ee
@@ -100,7 +101,7 @@ def _check_choice(o, n, extra_target, selection):
 
 # %% ../../nbs/objective/07_hard.ipynb #99d8cd65
 class HardAugment(_Around):
-    "Of `n` views of each image, those two that another method finds hardest to match are what it is trained on"
+    "Of `n` views of each image, by SimCLR's set, those two that another method finds hardest to match train it"
     def __init__(self,
         objective:MultiView, # A method of two views, such as `SimSiam()`
         n:int=6, # Views to choose from
@@ -122,7 +123,8 @@ def _shrunk(self:HardAugment, x):
     "Images with a larger side of at most `size` pixels"
     h,w = x.shape[-2:]
     r = self.size/max(h, w)
-    return x if r>=1 else F.interpolate(x, (round(h*r), round(w*r)), mode='bilinear', antialias=True)
+    to = [self.size if n==max(h, w) else _share_of(n, min(r, 1)) for n in (h,w)]
+    return x if r>=1 else F.interpolate(x, to, mode='bilinear', antialias=True)
 
 # %% ../../nbs/objective/07_hard.ipynb #bc83b354
 @patch
@@ -135,9 +137,12 @@ def setup(self:HardAugment,
     super(HardAugment, self).setup(backbone, x)
     if type(o).pair_scores is MultiView.pair_scores and not hasattr(o, 'project'):
         raise TypeError(f"{type(o).__name__} needs a `project`, or `pair_scores(feats)`, to tell which pair is hard")
-    try: find_layout(backbone, self._shrunk(x))
-    except (RuntimeError, AssertionError) as e: raise ValueError(f"size={self.size}: the model cannot take images of "
-        f"{self.size} pixels; a transformer needs multiples of its patch and dynamic_img_size=True. ({e})") from e
+    small = self._shrunk(x)
+    h,w = small.shape[-2:]
+    try: find_layout(backbone, small)
+    except (RuntimeError, AssertionError) as e: raise ValueError(
+        f"size={self.size}: the model cannot take images of {h}x{w} pixels; a transformer "
+        f"needs multiples of its patch and dynamic_img_size=True, a Swin strict_img_size=False. ({e})") from e
 
 # %% ../../nbs/objective/07_hard.ipynb #5231180e
 @patch

@@ -135,6 +135,9 @@ class Teacher(nn.Module):
             if isinstance(m, DropPath): m.drop_prob = 0.
 
     def __getitem__(self, i): return self.copies[i]
+    def renew(self):
+        "Be a copy once more at the next step in training, after a fit: the students' weights may be others by then"
+        self._fresh = True
     def get_extra_state(self): return torch.tensor(self._fresh)
     def set_extra_state(self, state): self._fresh = bool(state)
 
@@ -232,7 +235,7 @@ class SpreadMeter(nn.Module):
     ):
         "Take in the outputs of a training step"
         if not self.training or len(z)<2: return
-        s = F.normalize(z.detach().float(), dim=1).std(0).mean()*z.shape[1]**0.5
+        s = F.normalize(z.detach().float(), dim=1).std(0, correction=0).mean()*z.shape[1]**0.5
         self.sums += torch.stack([s, torch.ones_like(s)])
 
     def read(self)->float: # nan if there was no step

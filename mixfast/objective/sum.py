@@ -12,12 +12,13 @@ from numbers import Real
 
 from torch import nn, Tensor
 from fastcore.basics import patch
+from fastcore.foundation import L
 
 from .autoencode import MAE
 from .core import Objective
 from .features import Features, features
 from .hard import _Around
-from .multiview import MultiView
+from .multiview import MultiView, ViewFeatures
 
 # %% ../../nbs/objective/08_sum.ipynb #3fc392ea
 def _check_part(o):
@@ -47,7 +48,7 @@ class Sum(_Around):
         weights=None, # A number above 0 for each; default: 1
     ):
         os = [o() if isinstance(o, type) else o for o in objectives]
-        ws = [1.]*len(os) if weights is None else list(weights)
+        ws = [1.]*len(os) if weights is None else list(L(weights))
         for o in os: _check_part(o)
         _check_weights(os, ws)
         super().__init__(*os)
@@ -94,6 +95,17 @@ def forward(self:Sum,
     return {type(o).__name__.lower(): w*loss(o) for o,w in zip(self.inner, self.weights)}
 
 # %% ../../nbs/objective/08_sum.ipynb #30a3a38d
+@patch
+def reconstruct(self:Sum,
+    feats, # What `encode` gave
+    x, # Images, float [B,C,H,W]
+)->tuple: # Both [B,C,H,W]
+    "What the first that rebuilds images makes of them"
+    o = next((o for o in self.inner if type(o).reconstruct is not Objective.reconstruct), None)
+    if o is None: return super(Sum, self).reconstruct(feats, x)
+    f = feats.parts[0] if isinstance(feats, ViewFeatures) else feats
+    return o.reconstruct(f, x)
+
 @patch
 def settings(self:Sum)->dict:
     "Those of all, and the weights"

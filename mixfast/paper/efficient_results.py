@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
+from fastcore.basics import groupby
 
 from ..insight.plot import _finish
 from .efficient_runs import estimate, reproduce
@@ -56,9 +57,12 @@ def _run_row(r):
 def _ours(records):
     "A row a setting, scale and machine: means over the seeds, standard deviations of the accuracies"
     runs = {(record_id(r, EfficientSSL), r['device']): r for r in records} # a run that was done twice counts once
+    for os in groupby(runs.values(), lambda r: (str(r['exp']),r['scale'])).values():
+        if len({len(r['curve']['knn']) for r in os})>1: raise ValueError(
+            f"the runs of {os[0]['exp']} have been validated a different number of times: keep those of one version")
     g = pd.DataFrame(map(_run_row, runs.values())).groupby(['exp','scale','machine'], sort=False)
     mean = g[['knn','probe','petaflop','seconds','step','spread']].mean()
-    mean_curve = lambda cs: {k: np.mean([c[k] for c in cs], 0) for k in cs.iloc[0]}
+    def mean_curve(cs): return {k: np.mean([c[k] for c in cs], 0) for k in cs.iloc[0]}
     std = dict(knn_std=g.knn.std(), probe_std=g.probe.std())
     return mean.assign(**std, runs=g.size(), curve=g.curve.agg(mean_curve)).reset_index()
 
@@ -193,14 +197,23 @@ _FIGURES = ("Mean ± standard deviation; in brackets the paper's. Speed-up: cost
             "accurate, on the course of its runs, divided by the cost; ≥ where it never is. Operations are torch's; "
             "the paper's take the backward pass to cost as much as the forward pass.")
 
+def _sizes_here(g, scale):
+    "What sizes in the paper's names are at a scale, in words"
+    pairs = [(e,scaled(e, scale)) for e in g.exp]
+    px = {getattr(e, k): getattr(s, k) for k in ('min_res','sel_res') for e,s in pairs}
+    return ', '.join(f'{a} px is {b} px here' for a,b in sorted(px.items(), reverse=True) if a)
+
 def _what(g):
     "What these runs are, in a sentence"
     scale,n = g.scale.iloc[0],sorted({g.runs.min(), g.runs.max()})
     s,e = SCALES[scale],scaled(g.exp.iloc[0], scale)
     epochs = f"{100*s['epochs']:g} % of the epochs ({e.epochs} for {g.exp.iloc[0].epochs})"
-    px = full_size(e, scale)
-    small = f" Not the paper's scale: a small ResNet, {epochs}, {px} pixels for 224." if s['model'] else ''
-    return f"{g.machine.iloc[0]}; runs: {' to '.join(map(str, n))}.{small}"
+    px,sizes = full_size(e, scale),_sizes_here(g, scale)
+    names = f" The names of settings are the paper's: {sizes}." if sizes else ''
+    small = f" Not the paper's scale: a small ResNet, {epochs}, {px} pixels for 224.{names}" if s['model'] else ''
+    other = g.exp.iloc[0].data not in ('imagenet','imagenette')
+    brackets = " In brackets the paper's on Imagenette."*other
+    return f"{g.machine.iloc[0]}; runs: {' to '.join(map(str, n))}.{small}{brackets}"
 
 # %% ../../nbs/paper/08_efficient_results.ipynb #66aab54e
 def _sections(res):

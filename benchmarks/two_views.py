@@ -4,7 +4,7 @@ JSON; what has one already is not run again. On a CPU each core has its own run.
     python benchmarks/two_views.py ~/data --part c               # seven objectives on CIFAR-10, the same petaFLOP each
     python benchmarks/two_views.py ~/data --part d               # MixTraining on 10 % of CIFAR-10 and of Imagenette
     python benchmarks/two_views.py ~/data --part d --dry-run     # the runs, and how long they will take
-    python benchmarks/two_views.py ~/data --report_only          # report.md of what has been run
+    python benchmarks/two_views.py ~/data --report-only          # report.md of what has been run
 
 Part c asks neighbours on images held out of the training split, and part d takes the best of its methods with two views
 (or --objective); the accuracies of part d are those on the test split at the end of training. Methods with two views
@@ -156,8 +156,9 @@ def table(recs):
         e = Run(**r['exp'])
         return dict(data=e.data, objective=name(e.objective), method=e.method, strategies=strategies(e),
                     accuracy=100*(r['accuracy'] or np.nan), kNN=100*(r['knn'] or np.nan),
-                    probe=100*r.get('probe', np.nan), petaFLOP=r['petaflop'], seconds=r['seconds'])
-    df = pd.DataFrame(map(row, recs))
+                    probe=100*r.get('probe', np.nan), teraFLOP=1000*r['petaflop'], seconds=r['seconds'])
+    def place(r): return r['exp']['data'], r['exp']['objective'], ('ssl','sl','ssl_sl','mix').index(r['exp']['method'])
+    df = pd.DataFrame(map(row, sorted(recs, key=place)))
     g = df.groupby(['data','objective','method','strategies'], sort=False)
     return g.mean().assign(runs=g.size()).reset_index().dropna(axis=1, how='all')
 

@@ -8,6 +8,7 @@ Docs: https://mixfast.github.io/mixfast/checks.html.md"""
 __all__ = []
 
 # %% ../nbs/00_checks.ipynb #8bf1246f
+import math
 from numbers import Integral, Real
 
 import torch
@@ -18,6 +19,12 @@ def _check_unit(**values):
     for k,v in values.items():
         if not isinstance(v, Real): raise TypeError(f"{k} must be a number in [0,1], got {v!r}")
         if not 0<=v<=1: raise ValueError(f"{k} must lie in [0,1], got {v}")
+
+# %% ../nbs/00_checks.ipynb #90d728d9
+def _check_positive(**values):
+    "Raise `ValueError` unless every value is a finite number above 0"
+    for k,v in values.items():
+        if not isinstance(v, Real) or not 0<v<math.inf: raise ValueError(f"{k} must be a number above 0, got {v!r}")
 
 # %% ../nbs/00_checks.ipynb #3a8fa71f
 def _check_whole(

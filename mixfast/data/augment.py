@@ -16,7 +16,8 @@ from fastcore.basics import basic_repr, patch
 from fastcore.foundation import L
 from torchvision.transforms.v2 import functional as TF
 
-from ..checks import _check_unit
+from ..checks import _check_unit, _check_whole
+from ..objective.patches import _share_of
 
 # %% ../../nbs/data/00_augment.ipynb #99fe9bbb
 class BatchCrop:
@@ -85,31 +86,49 @@ def _cubic_weights(
     return k/k.sum(-1, keepdim=True)
 
 # %% ../../nbs/data/00_augment.ipynb #6074d9d9
-def _resize_boxes(
-    x, # Images, uint8 [B,C,H,W]
-    top, left, height, width, # A box in each, pixels, int64 [B]
-)->torch.Tensor: # uint8 [B,C,H,W]
-    "Resize a box of each image to the size of the image, as Pillow does: first the columns, then the rows"
-    h,w = x.shape[-2:]
-    top,left,height,width = torch.stack([top,left,height,width]).to(x.device, non_blocking=True)
-    wide = (x.float() @ _cubic_weights(left, width, w, w).mT[:,None]).clamp_(0, 255)
-    return (_cubic_weights(top, height, h, h)[:,None] @ wide).round_().clamp_(0, 255).to(x.dtype)
+def _pixels(x, dtype):
+    "Images of floats in 0..255 as images of `dtype`: rounded, if that is uint8"
+    return x if dtype.is_floating_point else x.round().to(dtype)
 
-# %% ../../nbs/data/00_augment.ipynb #a798f679
+def _resize_boxes(
+    x, # Images, uint8 or float [B,C,H,W]
+    top, left, height, width, # A box in each, pixels, int64 [B]
+    size:tuple=None, # Height and width wanted; default: those of `x`
+)->torch.Tensor: # [B,C,*size], uint8 or float as `x` is
+    "Resize a box of each image to one size, as Pillow does: first the columns, then the rows"
+    (h,w),(h_out,w_out) = x.shape[-2:],size or x.shape[-2:]
+    top,left,height,width = torch.stack([top,left,height,width]).to(x.device, non_blocking=True)
+    wide = (x.float() @ _cubic_weights(left, width, w, w_out).mT[:,None]).clamp_(0, 255)
+    return _pixels((_cubic_weights(top, height, h, h_out)[:,None] @ wide).clamp_(0, 255), x.dtype)
+
+# %% ../../nbs/data/00_augment.ipynb #46e3b2e7
 class BatchResizedCrop:
     "Resize a random box of each image to the full size, bicubic"
     def __init__(self,
         scale=(0.08,1), # Least and largest share of the area
         ratio=(3/4,4/3), # Least and largest width/height
+        size:int=None, # The full size, pixels of a square; None: the image's own height and width
+        share:float=1, # Of the full size, in (0,1], in whole patches: 3/7 for DINO's small crops
     ):
         for n,o,top in (('scale',scale,1), ('ratio',ratio,math.inf)):
             if len(o)!=2 or not 0<o[0]<=o[1]<=top:
                 raise ValueError(f"{n} must be (least, largest) with 0 < least <= largest <= {top}, got {o}")
-        self.scale,self.ratio = scale,ratio
-    __repr__ = basic_repr('scale,ratio')
+        _check_unit(share=share)
+        if size is not None: _check_whole(1, size=size)
+        if share==0: raise ValueError("share must be above 0, or nothing is left")
+        self.scale,self.ratio,self.size,self.share = scale,ratio,size,share
 
-    def __call__(self, x):
-        return _resize_boxes(x, *_random_boxes(len(x), *x.shape[-2:], self.scale, self.ratio))
+# %% ../../nbs/data/00_augment.ipynb #bc92bb0b
+@patch
+def __repr__(self:BatchResizedCrop):
+    extra = ',size'*(self.size is not None) + ',share'*(self.share!=1)
+    return basic_repr('scale,ratio'+extra)(self)
+
+@patch
+def __call__(self:BatchResizedCrop, x):
+    hw = x.shape[-2:] if self.size is None else (self.size,self.size)
+    boxes = _random_boxes(len(x), *x.shape[-2:], self.scale, self.ratio)
+    return _resize_boxes(x, *boxes, [_share_of(n, self.share) for n in hw])
 
 # %% ../../nbs/data/00_augment.ipynb #64b16fde
 def _affine(x, **kw): return TF.affine(x, **{'angle':0., 'translate':[0,0], 'scale':1., 'shear':[0.,0.], **kw})
@@ -147,6 +166,7 @@ class BatchRandAugment:
 # %% ../../nbs/data/00_augment.ipynb #39cefb5b
 @patch
 def __call__(self:BatchRandAugment, x):
+    if x.is_floating_point(): return self(_pixels(x, torch.uint8)).to(x.dtype) # to torchvision floats end at 1
     ops = list(_rand_ops.values())
     for _ in range(self.n):
         draw = torch.randint(2*len(ops), (len(x),)) # an operation and a sign

@@ -21,10 +21,12 @@ from fastai.vision.core import PILImage
 from fasttransform import Pipeline, Transform
 
 from ..checks import _check_seed, _check_unit
+from .batch import ViewTransform
 from .cache import _check_depth
 from .derive import _Still, _stills
 from .loader import SeededDL
 from .store import _decided
+from .views import ViewTfms, view_sets
 
 # %% ../../nbs/data/06_block.ipynb #c8159d3c
 class MixItemDL(SeededDL):
@@ -52,9 +54,10 @@ def _images(self:MixItemDL):
     return Datasets(tls=self.dataset.tls[:1]) if self.opts['ssl'] is None else self.opts['ssl']
 
 @patch
-def _ssl_tfms(self:MixItemDL)->dict:
+def _ssl_tfms(self:MixItemDL, augs)->dict:
     "Transforms of the SSL side: the labelled side's, as they act in validation, and its own"
-    items,own,tfms = self.after_item,L(self.opts['ssl_batch_tfms']),_stills(self.after_batch.fs)
+    items,tfms = self.after_item,_stills(self.after_batch.fs)
+    own = augs.map(lambda o: ViewTransform(o) if isinstance(o, ViewTfms) else o)
     if self.opts['ssl_item_tfms'] is not None:
         items = [t for t in items.fs if isinstance(t, ToTensor)] + L(self.opts['ssl_item_tfms'])
     if any(getattr(t, 'size', None) is not None for t in own): # they have a size of their own
@@ -80,16 +83,23 @@ def MixBlock(
     get_ssl=None, # Function of an item of `ssl` that gives its path
     lam:float=0.5, # Share of the labelled image in a mix, in [0,1]
     ssl_item_tfms=None, # Of the images for SSL; default: those of the labelled images
-    ssl_batch_tfms=None, # Random ones for the images for SSL
+    ssl_batch_tfms=None, # Random ones for the images for SSL, `ViewTfms`, or a name in `view_sets`
     seed:int=None, # Of orders, partners and augmentations; default: drawn from torch's generator
 )->TransformBlock:
     "A `TransformBlock` for the images of a `DataBlock` whose loaders have phases. Raises `ValueError` on bad input."
     _check_unit(lam=lam)
+    _check_names(ssl_batch_tfms)
     seed,opened = _check_seed(seed),[Transform(o) for o in _opening(cls)]
     if ssl is not None: ssl = _open(ssl, get_ssl, cls)
     opened[-1].for_ssl = any(o is not None for o in (ssl, ssl_item_tfms, ssl_batch_tfms)) # see `phase_dl`
     kw = dict(ssl=ssl, lam=lam, ssl_item_tfms=ssl_item_tfms, ssl_batch_tfms=ssl_batch_tfms, seed=seed)
     return TransformBlock(type_tfms=opened, batch_tfms=IntToFloatTensor, dl_type=MixItemDL, dls_kwargs=kw)
+
+def _check_names(tfms):
+    "Raise `ValueError` if there is a string among `tfms` that names no set of views"
+    for o in L(tfms):
+        if isinstance(o, str) and o not in view_sets: raise ValueError(
+            f"ssl_batch_tfms must be transforms of a batch or one of {list(view_sets)}, got {o!r}")
 
 def _open(ssl, get_ssl, cls):
     "The `Datasets` of the images for SSL. Raises `ValueError` if there are none."

@@ -80,12 +80,14 @@ class SeededDL(ShardedDL):
         lam:float=0.5, # Share of the labelled image in a mix with them, in [0,1]
         ssl_item_tfms=None, # Of the images for SSL, see `MixBlock`
         ssl_batch_tfms=None, # Of batches of them, see `MixBlock`; `ssl_tfms` of `mix_dls`
+        ssl_default:bool=False, # Are these a default only, before which an objective's own set of views goes?
         wgts=None, # Weights of the samples [n]: where the loader shuffles, it draws by them; None: each sample once
         split_idx:int=None, # For transforms, 0: as in training, 1: as in validation; where the data set does not say
         **kwargs # For `TfmdDL`
     ):
         self.seed,self.tag,self.split_idx,self._epochs = _check_seed(seed),tag,split_idx,{}
-        self.opts = dict(ssl=ssl, lam=lam, ssl_item_tfms=ssl_item_tfms, ssl_batch_tfms=ssl_batch_tfms)
+        self.opts = dict(ssl=ssl, lam=lam, ssl_item_tfms=ssl_item_tfms, ssl_batch_tfms=ssl_batch_tfms,
+                         ssl_default=ssl_default)
         if wgts is not None and len(wgts)!=len(dataset):
             raise ValueError(f"wgts must be a weight for each of {len(dataset)} samples, got {len(wgts)}")
         self.wgts = None if wgts is None else np.asarray(wgts, float)/np.sum(wgts)

@@ -20,12 +20,15 @@ from fastai.data.load import DataLoader
 from fastai.torch_core import default_device, num_distrib
 
 from ..checks import _check_seed, _check_unit
-from .augment import get_tfms
-from .derive import Blend, BlendDL, blend
+from .augment import get_tfms, paper_tfms
+from .batch import MixBatch
+from .blend import Blend, BlendDL, blend
+import mixfast.data.derive # the loaders of all phases
 from .loader import MixDL, SeededDL, _seeded
-from .store import ImageStore, MixBatch, as_images, image_stats
+from .store import ImageStore, as_images, image_stats
+from .views import ViewTfms, view_sets, view_tfms
 
-_all_ = ['blend', 'Blend', 'BlendDL'] # of `derive`, for those who import from here
+_all_ = ['blend', 'Blend', 'BlendDL'] # of `blend`, for those who import from here
 
 # %% ../../nbs/data/05_mix.ipynb #dac237cb
 class MixDataLoaders(DataLoaders):
@@ -51,10 +54,11 @@ def phase_dl(
     dls:DataLoaders, # `MixDataLoaders`, or fastai's
     phase:str, # 'ssl', 'mix' or 'sl'
     views:int=1, # Augmented versions of each image that the objective wants; the SL phase has one
+    tfms:str=None, # The objective's set in `view_sets`, for SSL images that the user gave no augmentations for
 ):
     "The training loader of a phase, as the training loader is now. Raises `ValueError` or `TypeError`."
     dl = dls.train
-    if isinstance(dl, SeededDL): return dl.phase(phase, views)
+    if isinstance(dl, SeededDL): return dl.phase(phase, views, tfms)
     if not isinstance(dl, DataLoader): raise TypeError(f"dls must hold fastai's DataLoader or TfmdDL, got {type(dl)}")
     if views>1 and phase!='sl': raise _no_views(views)
     _check_no_mixblock(dl)
@@ -64,13 +68,14 @@ def phase_dl(
 def valid_dl(
     dls:DataLoaders, # `MixDataLoaders`, or fastai's
     views:int=1, # Augmented versions of each image that the objective wants
+    tfms:str=None, # As in `phase_dl`
 ): # For several views its `source` is the plain validation loader
     "The validation loader; for several views its images are augmented as those for SSL. Raises `ValueError`."
     dl = dls.valid
     if views==1: return dl
     if not (isinstance(dl, SeededDL) and isinstance(dls.train, SeededDL)): raise _no_views(views)
     ds = _as_in_training(dl.dataset)
-    return dl._derive(None, ds, split_idx=0, **dls.train._view_tfms(views))._with_views(views)
+    return dl._derive(None, ds, split_idx=0, **dls.train._view_tfms(views, tfms))._with_views(views)
 
 def _as_in_training(ds):
     "fastai's `Datasets` whose transforms act as in training; any other data set itself"
@@ -127,14 +132,20 @@ def _stores(sl, valid, ssl, vocab):
     return sl,valid,ssl
 
 # %% ../../nbs/data/05_mix.ipynb #88e0e15b
+def _given(t, x, name):
+    "What the augmentation `t` makes of images `x` [B,C,H,W], each view of it. Raises `TypeError` or `ValueError`."
+    if not callable(t): raise TypeError(f"{name} must be functions of a batch, uint8 [B,C,H,W], got {t!r}")
+    try: return [t(x, i) for i in range(len(t.pipes))] if isinstance(t, ViewTfms) else [t(x)]
+    except Exception as e: raise ValueError(f"{name}: {t!r} fails on a batch of uint8 [B,C,H,W]: {e}") from e
+
 def _check_tfms(tfms, x, name):
-    "Raise unless each of `tfms` takes uint8 images like `x` [B,C,H,W] and gives the same"
+    "Raise unless each of `tfms` takes uint8 images like `x` [B,C,H,W] and gives the same; `ViewTfms` may give floats"
     for t in L(tfms):
-        if not callable(t): raise TypeError(f"{name} must be functions of a batch, uint8 [B,C,H,W], got {t!r}")
-        try: y = t(x)
-        except Exception as e: raise ValueError(f"{name}: {t!r} fails on a batch of uint8 [B,C,H,W]: {e}") from e
-        if getattr(y, 'dtype', None)!=x.dtype or y.shape!=x.shape:
-            raise ValueError(f"{name}: {t!r} must give uint8 images of the same size, as it was given")
+        for y in _given(t, x, name):
+            dtype = torch.float if isinstance(t, ViewTfms) else x.dtype
+            n = 2 if name=='ssl_tfms' else 4 # so many dimensions stay as they are
+            if getattr(y, 'dtype', None)!=dtype or y.ndim!=4 or y.shape[:n]!=x.shape[:n] or not y.numel():
+                raise ValueError(f"{name}: {t!r} must give {str(dtype)[6:]} images of the same size, as it was given")
 
 # %% ../../nbs/data/05_mix.ipynb #421e78be
 def _check_stats(stats, c):
@@ -149,6 +160,11 @@ def _check_stats(stats, c):
 # %% ../../nbs/data/05_mix.ipynb #95336806
 def _tfms(tfms, ssl_tfms, store, device):
     "Augmentations of both sides. Raises `ValueError` or `TypeError` if they do not work on images of the store."
+    names = [*paper_tfms, *view_sets]
+    if len(L(ssl_tfms))==1 and isinstance(L(ssl_tfms)[0], str): ssl_tfms = L(ssl_tfms)[0]
+    if isinstance(ssl_tfms, str) and ssl_tfms not in names:
+        raise ValueError(f"ssl_tfms must be functions of a batch or one of {names}, got {ssl_tfms!r}")
+    if isinstance(ssl_tfms, str) and ssl_tfms in view_sets: ssl_tfms = view_tfms(ssl_tfms)
     res,x = get_tfms(tfms, ssl_tfms),store.batch([0, len(store)-1])[0]
     with _seeded(0, device=device):
         for t,n in zip(res, ('tfms','ssl_tfms')): _check_tfms(t, x, n)
@@ -189,7 +205,7 @@ def mix_dls(
     bs:int=256, # Images a batch
     vocab=None, # Class names; default: the class numbers
     tfms=None, # Augmentations of `sl`: functions of a batch uint8 [B,C,H,W]; or 'cifar', 'tinyimagenet' for both sides
-    ssl_tfms=None, # Augmentations of the SSL images; default: none, or what the name says
+    ssl_tfms=None, # Of the SSL images, likewise, or `ViewTfms`, or a name in `view_sets`. Default: see below
     stats=None, # (mean, std) by channel for values in [0,1], `imagenet_stats` for instance; default: those of `sl`
     shuffle:bool=True, # A new order each epoch
     drop_last:bool=True, # Leave out the last training batch if it is not full
@@ -204,12 +220,12 @@ def mix_dls(
     sl,valid,ssl = _stores(sl, valid, ssl, vocab)
     first,device = sl or ssl,_check_device(device)
     _place([o for o in (sl,valid,ssl) if o], device, on_device)
-    tfms,ssl_tfms = _tfms(tfms, ssl_tfms, first, device)
+    by_name,(tfms,ssl_tfms) = ssl_tfms is None,_tfms(tfms, ssl_tfms, first, device)
     stats = image_stats(first.x) if stats is None else _check_stats(stats, first.shape[2])
     prep,kw = MixBatch(*stats, tfms if sl else ssl_tfms),dict(bs=bs, seed=_check_seed(seed))
     pin = device.type=='cuda' and not first.x.is_cuda
     train = MixDL(first, tag=0 if sl else 1, ssl=ssl if sl else None, lam=lam, ssl_batch_tfms=ssl_tfms, split_idx=0,
-                  after_batch=prep, shuffle=shuffle, drop_last=drop_last, pin_memory=pin, **kw)
+                  ssl_default=by_name, after_batch=prep, shuffle=shuffle, drop_last=drop_last, pin_memory=pin, **kw)
     valid = MixDL(valid or first.new_empty(), tag=3, after_batch=copy(prep), split_idx=1, **kw)
     dls = MixDataLoaders(train, valid, path=path, device=device)
     dls.seed,dls.lam = seed,lam # as given, to know them again

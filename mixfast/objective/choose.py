@@ -13,11 +13,21 @@ from copy import deepcopy
 from torch import nn, Tensor
 
 from .autoencode import AE, MAE
+from .contrastive import MoCo, SimCLR
 from .core import Objective
+from .dino import DINO
 from .features import _check_splittable, find_layout
+from .siamese import BYOL, SimSiam
 
 # %% ../../nbs/objective/09_choose.ipynb #3482e199
-objectives = dict(mae=MAE, ae=AE) # by name
+objectives = dict( # by name
+    mae=MAE,
+    ae=AE,
+    simsiam=SimSiam,
+    byol=BYOL,
+    simclr=SimCLR,
+    moco=MoCo,
+    dino=DINO)
 
 def get_objective(
     o, # A name in `objectives`, an `Objective`, or something that makes one when called; None: by the kind of features

@@ -20,6 +20,8 @@ from .features import features
 class Objective(nn.Module):
     "A self-supervised objective that shares its backbone pass with supervised heads"
     views = 1 # Augmentations of each image in a batch; with more than one, `x` is a tuple of as many batches
+    view_tfms = None # Name of a set of augmentations for them, see `ViewTfms`, where the user has named none
+    gathers = False # Does it read the images of other processes, so that each must have as many of a batch?
 
     def setup(self,
         backbone:nn.Module, # The user's model
@@ -50,13 +52,50 @@ class Objective(nn.Module):
         "What a supervised head reads: the features of the first view"
         return feats.t if self.views==1 else feats.t[:len(feats.t)//self.views]
 
+# %% ../../nbs/objective/01_core.ipynb #72344fb1
+@patch(as_prop=True)
+def t(self:Objective)->float:
+    "How far the fit is: the share in [0,1) of the objective's steps, those of SSL and mix phase, that were taken"
+    return vars(self).get('_t', 0.)
+
+@patch(as_prop=True)
+def world_size(self:Objective)->int:
+    "Processes that train this objective together, each on batches of its own; outside a fit 1"
+    return vars(self).get('_world_size', 1)
+
+@patch
+def at(self:Objective,
+    t:float, # In [0,1)
+    world_size:int=1, # Processes
+):
+    "Be told how far the fit is: called before each training step of the SSL and mix phase, and at the end with 0"
+    self._t,self._world_size = t,world_size
+
 # %% ../../nbs/objective/01_core.ipynb #bec74094
 @patch
 def after_step(self:Objective,
     backbone:nn.Module, # The user's model, after the step
-    t:float, # In [0,1): the share of the objective's steps that were taken before
+    t:float, # As `Objective.t` was in the step
 ):
     "Called after each optimizer step that was taken"
+
+@patch
+def skip_step(self:Objective):
+    "Called after one that was not: drop what was gathered for it"
+
+# %% ../../nbs/objective/01_core.ipynb #39530c26
+@patch
+def check_data(self:Objective,
+    n:int, # Images to train on
+    bs:int, # Images a step, of all processes
+):
+    "Called at the start of a fit: raise `ValueError` where so many images are too few"
+
+# %% ../../nbs/objective/01_core.ipynb #e0888afe
+@patch
+def indicators(self:Objective)->dict: # float by name
+    "What to watch beside the loss, asked for after each epoch of the SSL and mix phase"
+    return {}
 
 # %% ../../nbs/objective/01_core.ipynb #6c6830f1
 @patch

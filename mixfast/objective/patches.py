@@ -41,3 +41,12 @@ def random_mask(
 )->Tensor: # bool [b,n], True where masked
     "Mask `n_mask` of the `n` features of each image, drawn anew for each"
     return torch.rand(b, n, device=device).argsort(1) < n_mask
+
+# %% ../../nbs/objective/01a_patches.ipynb #a798f679
+def _share_of(
+    n:int, # Pixels
+    share:float, # In (0,1]
+)->int:
+    "A share of `n` pixels as a multiple of 16, or of 8 where `n` is below 64; at most `n`"
+    unit = 8 if n<64 else 16
+    return n if share==1 else min(max(round(n*share/unit), 1)*unit, n)

@@ -39,18 +39,30 @@ def _generators_kept():
 # %% ../../nbs/task/00_core.ipynb #3223ccca
 def _two(learn, phase, views):
     "Two images of a phase on the model's device, with their targets"
-    b = phase_dl(learn.dls, phase, views).one_batch()
+    b = phase_dl(learn.dls, phase, views, learn.mix.objective.view_tfms).one_batch()
     def cut(o):
         if isinstance(o, (tuple,list)): return tuple(map(cut, o))
         return o[:2].as_subclass(torch.Tensor) if torch.is_tensor(o) else o[:2]
     return to_device(tuple(map(cut, b)), next(learn.model.parameters()).device)
+
+# %% ../../nbs/task/00_core.ipynb #26c0ecc0
+@contextmanager
+def _size_named(dl):
+    "In this context an error about images names the argument that makes the size of those of the loader `dl`"
+    try: yield
+    except ValueError as e:
+        v = getattr(dl, 'view_tfms', None)
+        if v is None or v.size is None or 'cannot take images' not in str(e): raise
+        raise ValueError(f"{e} The size of ssl_tfms (ssl_batch_tfms of a MixBlock) is {v.size} pixels: "
+                         "choose another, or none for that of the images") from e
 
 # %% ../../nbs/task/00_core.ipynb #1ec27140
 def _forward(m, x, phase):
     "What the model gives. Raises `ValueError` where it cannot take the images."
     try: return m(x, phase)
     except (RuntimeError, AssertionError, IndexError) as e:
-        shape,b = list((x if torch.is_tensor(x) else x[0]).shape),body(m.backbone)
+        xs,b = [x] if torch.is_tensor(x) else x,body(m.backbone)
+        shape = ' and '.join(dict.fromkeys(str(list(o.shape)) for o in xs)) # of large views and of small ones
         fixed = hasattr(b, 'pos_embed') and not getattr(b, 'dynamic_img_size', False) and 'channels' not in str(e)
         hint = '. Create a ViT with dynamic_img_size=True to train it on several sizes.' if fixed else ''
         raise ValueError(f"the model cannot take images [B,C,H,W] = {shape} in the {phase} phase: "
@@ -71,7 +83,8 @@ def _misfit(learn, pred, y, c, classes, e):
     name = lambda o: getattr(o, '__name__', type(o).__name__)
     m = learn.model
     head = m[-1] if hasattr(m, '__getitem__') else getattr(m, 'get_classifier', lambda: m)()
-    soft = isinstance(learn.loss_func, CrossEntropyLossFlat) and _shapes([pred])==_shapes(y) and y[0].is_floating_point()
+    ce,floats = isinstance(learn.loss_func, CrossEntropyLossFlat),y[0].is_floating_point()
+    soft = ce and floats and _shapes([pred])==_shapes(y)
     hint = "For soft labels: CrossEntropyLossFlat(flatten=False)." if soft else \
            "Change the number of outputs (n_out), the head or the loss function."
     return (f"the head, {name(head)}, predicts {_shapes(pred)} for 2 images, and {name(learn.loss_func)} "
@@ -129,12 +142,29 @@ def _check_labelled(learn):
 
 # %% ../../nbs/task/00_core.ipynb #3c0b4eef
 def _check_size(learn, x, x_sl):
-    "Raise `ValueError` if images for SSL, a batch or several views, have not the size of the others, and nobody says so"
+    "Raise `ValueError` if images for SSL, a batch or several views, have another size, and nobody says so"
     opts = getattr(learn.dls.train, 'opts', {})
     if opts.get('ssl_item_tfms') is not None or len(L(opts.get('ssl_batch_tfms'))): return
     ssl,sl = [list((o if torch.is_tensor(o) else o[0]).shape[-2:]) for o in (x,x_sl)]
     if ssl!=sl: raise ValueError(f"images for SSL are {ssl} pixels, labelled ones {sl}: add item_tfms=Resize({sl[0]}) "
                                  "to the DataBlock, or ssl_item_tfms to its MixBlock if they are to differ")
+
+# %% ../../nbs/task/00_core.ipynb #db10645d
+def _check_differ(x):
+    "Warn if two views of the images are the same"
+    if torch.is_tensor(x) or len(x)<2 or x[0].shape!=x[1].shape or not torch.equal(x[0], x[1]): return
+    warnings.warn("the views of an image are the same, there is nothing to learn: pass ssl_tfms to mix_dls, 'simclr' "
+                  "for instance, or ssl_batch_tfms to the MixBlock")
+
+def _check_last(learn, x):
+    "Raise `ValueError` if the SL phase ends with a batch of one image, and the model cannot be trained on one like `x`"
+    dl = phase_dl(learn.dls, 'sl')
+    if dl.drop_last or dl.n%(dl.bs*getattr(dl, 'world_size', 1))!=1: return
+    try: deepcopy(learn.model).train()((x if torch.is_tensor(x) else x[0])[:1])
+    except ValueError as e:
+        if 'more than 1 value per channel' not in str(e): raise
+        raise ValueError(f"bs: the last of the batches of {dl.bs} has one image of {dl.n}, too small for the batch "
+                         f"normalisation of this model: use drop_last=True, or another bs. ({e})") from e
 
 # %% ../../nbs/task/00_core.ipynb #cacba3a3
 def _dry_run(learn, plan:MixPlan, cbs=()):
@@ -145,13 +175,16 @@ def _dry_run(learn, plan:MixPlan, cbs=()):
     with _generators_kept(), evaluating(m), torch.compiler.set_stance('force_eager'): # two images, once
         if 'ssl' in names:
             u = _two(learn, 'ssl', m.objective.views)[0]
-            _forward(m, u, 'ssl')
+            with _size_named(phase_dl(learn.dls, 'ssl', m.objective.views, m.objective.view_tfms)):
+                _forward(m, u, 'ssl')
+            _check_differ(u)
         if names==['ssl']: return
         x,*y = _two(learn, 'mix' if 'mix' in names else 'sl', m.objective.views if 'mix' in names else 1)
         if 'ssl' in names: _check_size(learn, u, x)
         for name in [o for o in names if o!='ssl']: out = _forward(m, x, name)
         _check_loss(learn, out, y)
         _check_metrics(learn, out.pred, y)
+        if 'ssl' in names: _check_last(learn, x)
     _check_blending(learn, cbs, y)
 
 # %% ../../nbs/task/00_core.ipynb #1a070d49

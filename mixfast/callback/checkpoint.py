@@ -179,7 +179,7 @@ def _check_same(self:Checkpoint, learn, state):
     "Raise `ValueError` where the fit differs from the one that was saved"
     for k in ('settings','model','opt','grads','scaler','loaders','callbacks','train_iter','pct_train'):
         if k not in state: raise ValueError(f"cannot resume from {self.folder}: the checkpoint has no {k!r}")
-    shapes = lambda sd: {f'the shape of {k}': list(v.shape) for k,v in sd.items()}
+    shapes = lambda sd: {f'the shape of {k}': list(v.shape) for k,v in sd.items() if not k.endswith('_extra_state')}
     diff = _first_difference(state['settings'], self.settings)
     diff = diff or _first_difference(shapes(state['model']), shapes(learn.model.state_dict()))
     if diff: raise ValueError("cannot resume from {}: {} was {!r}, and is {!r}".format(self.folder, *diff))

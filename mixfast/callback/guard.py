@@ -57,7 +57,8 @@ def before_batch(self:FiniteGuard):
 def after_loss(self:FiniteGuard):
     "Record the last good loss where this one is to be skipped"
     if not self.training or self.on_nan!='skip': return
-    bad,now = ~torch.isfinite(self.learn.loss.detach()),dict(getattr(self.learn, 'losses', {}), train_loss=self.learn.loss)
+    loss = self.learn.loss
+    bad,now = ~torch.isfinite(loss.detach()),dict(getattr(self.learn, 'losses', {}), train_loss=loss)
     self.good = {k: torch.where(bad, self.good.get(k, torch.zeros_like(v)), v.detach()) for k,v in now.items()}
     self.bad_loss,self.learn.loss = bad,self.good['train_loss']
     if hasattr(self.learn, 'losses'): self.learn.losses = {k: self.good[k] for k in self.learn.losses}

@@ -19,7 +19,8 @@ from timm.utils import unwrap_model
 from .core import _call_one, _one_batch, _with_events
 from .distributed import _ranks
 from .guard import _forget_inf
-from ..model import MixModel, _forget, plain_model
+from ..model import MixModel, _forget, _new_opt, plain_model
+from ..objective.multiview import Teacher
 
 # %% ../../nbs/callback/07_owner.ipynb #0e8ae04d
 _in_a_fit = ('_do_one_batch','_call_one','_with_events','_do_fit','all_batches', # what stands in for methods
@@ -30,6 +31,7 @@ def _with_plain_model(learn, f, *args, **kwargs):
     model,opt = learn.model,learn.opt
     inside = {k: vars(learn).pop(k) for k in _in_a_fit if k in vars(learn)}
     learn.model = plain_model(learn)
+    if f.__name__=='export': learn.opt = None # fastai would put its state into an optimizer of the plain model
     try: return f(*args, **kwargs)
     finally:
         learn.model,learn.opt = model,opt
@@ -62,6 +64,11 @@ def _restore(learn, before):
     m = unwrap_model(learn.model)
     m.zero_grad() # a step that was interrupted leaves its gradients
     if isinstance(m, MixModel): learn.model,learn.mix.objective = m.backbone,m.objective
+    learn.mix.objective.at(0.)
+    learn.mix.objective.skip_step() # nor what was gathered for it
+    for o in learn.mix.objective.modules():
+        if isinstance(o, Teacher): o.renew()
+    if getattr(learn.opt, 'by_name', None): _new_opt(learn)
     if learn.opt:
         _forget_inf(learn.opt)
         _forget(learn.opt, learn.mix.objective.parameters())
@@ -77,7 +84,8 @@ def _mixing(learn, seeds, cbs=None):
         learn._do_one_batch,learn._with_events = partial(_one_batch, learn),partial(_with_events, learn)
         learn._call_one = partial(_call_one, learn, {})
         for k in ('save','load','export'): setattr(learn, k, partial(_with_plain_model, learn, getattr(learn, k)))
-        stack.callback(seeds.restore)
+        for cb in (seeds, *learn.cbs, *L(cbs)):
+            if hasattr(type(cb), 'restore'): stack.callback(cb.restore)
         mixed = learn.model
         try: yield
         except BaseException: # an average that stood in for it in validation

@@ -9,6 +9,7 @@ __all__ = ['MixRecorder']
 
 # %% ../../nbs/callback/03_recorder.ipynb #c738c53a
 import math, time
+from collections import Counter
 from contextlib import nullcontext
 import pandas as pd, torch
 
@@ -17,6 +18,7 @@ from fastcore.foundation import L
 from fastai.callback.core import Callback
 from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import find_bs
+from timm.utils import unwrap_model
 
 from .distributed import _everyones, _ranks, _shared, _summed
 
@@ -25,7 +27,14 @@ class MixRecorder(Callback):
     "Record the losses of both heads, the seconds and the phase of each epoch; `learn.mix`"
     name,order,remove_on_fetch = 'mix',51,True
     objective = None # The learner's objective, set up for its model; what it has learned in earlier fits stays in it
-    def __init__(self): self.rows,self.sched,self.resumed,self.skipped = [],dict(epoch=[], lr=[], alpha=[]),None,0
+    def __init__(self):
+        self.resumed,self.skipped = None,0
+        self._begin()
+
+    def _begin(self, objective=None):
+        "Nothing is known yet of a fit with this objective"
+        self.rows,self.sched = [],dict(epoch=[], lr=[], alpha=[])
+        self.n_steps,self.new_steps,self.counted,self.fitted = Counter(),Counter(),{},objective # see `cost`
 
 @patch(as_prop=True)
 def phase(self:MixRecorder):
@@ -39,8 +48,8 @@ _last = ['train_seconds','seconds']
 
 @patch
 def metric_cols(self:MixRecorder)->list:
-    "The columns of `history` that are metrics, or losses that the objective names"
-    return [o for o in (self.rows[0] if self.rows else ()) if o not in _first+_last]
+    "The columns of `history` that are metrics, or losses and indicators that the objective names"
+    return [o for o in dict.fromkeys(k for r in self.rows for k in r) if o not in _first+_last]
 
 # %% ../../nbs/callback/03_recorder.ipynb #a30c9fdf
 @patch(as_prop=True)
@@ -107,7 +116,8 @@ def before_fit(self:MixRecorder):
     self.active = 'phases' in vars(self.learn)
     if not self.active: return
     self.world_size,rec = _ranks(self.learn)[1],self.recorder
-    self.rows,self.sched,self.on_cpu,self.train_metrics = [],dict(epoch=[], lr=[], alpha=[]),0,rec.train_metrics
+    self._begin(unwrap_model(self.model).objective)
+    self.on_cpu,self.train_metrics = 0,rec.train_metrics
     vars(rec).update(smooth_loss=_SmoothLoss(rec.smooth_loss.beta), add_time=False) # a callback's own setattr warns
     rec.metric_names = [o for o in rec.metric_names if o!='time'] + ['ssl_loss','sl_loss','seconds','phase']
     if hasattr(self.learn, 'progress'): self.progress.after_batch = self._show_progress
@@ -125,13 +135,18 @@ def before_epoch(self:MixRecorder):
     if not self.active: return
     self.t0,self.train_seconds,self.t_train = _clock(),0.,None
     self.sums,self.n,self.earlier = self.resumed or ({},0,0.)
-    self.resumed = None
+    self.resumed,self.watched = None,{}
     self.recorder.train_metrics = self.train_metrics and self.phases.now.sl # no predictions in SSL training
 
 @patch
 def before_train(self:MixRecorder):
     "Start the clock"
     if self.active: self.t_train = _clock()-self.earlier
+
+# %% ../../nbs/callback/03_recorder.ipynb #a25feefa
+def _sizes(x):
+    "The shape of each view of a batch"
+    return tuple(tuple(o.shape) for o in (x if isinstance(x, (tuple,list)) else [x]))
 
 # %% ../../nbs/callback/03_recorder.ipynb #c1d22a87
 @patch
@@ -145,6 +160,7 @@ def after_batch(self:MixRecorder):
         if k not in self.sums: self.sums[k] = torch.zeros((), device=v.device)
         self.sums[k].add_(v.detach(), alpha=bs)
     self.n += bs
+    self.new_steps[self.phase, _sizes(self.xb[0])] += 1
     now = dict(epoch=self.epoch+self.iter/self.n_iter, lr=self.recorder.lrs[-1], alpha=self.phases.alpha)
     for k,v in now.items(): self.sched[k].append(v)
 
@@ -177,6 +193,15 @@ def after_train(self:MixRecorder):
     self.sums,self.n = self._totals()
     self._fill(2+len(self.metrics)*self.train_metrics)
     self.recorder.log[1] = self._mean('train_loss')
+    self._watch()
+
+# %% ../../nbs/callback/03_recorder.ipynb #9d5f64eb
+@patch
+def _watch(self:MixRecorder):
+    "Ask the objective for its indicators, where it has been trained"
+    if not self.phases.now.ssl: return
+    self.watched = {k: float(v) for k,v in unwrap_model(self.model).objective.indicators().items()}
+    if self.world_size>1: self.watched = _shared(self.watched)
 
 # %% ../../nbs/callback/03_recorder.ipynb #1bedd69f
 @patch
@@ -205,7 +230,14 @@ def after_epoch(self:MixRecorder):
     if rec.losses[n:]: rec.losses[n:] = torch.stack(rec.losses[n:]).cpu().unbind()
     rec.iters[-1] = self.on_cpu = len(rec.losses) # the smoothed loss, which fastai counts by, restarts at a phase
     named = {k: self._mean(k) for k in self.sums if k not in ('ssl_loss','sl_loss','train_loss')}
-    self.rows.append(dict(zip(rec.metric_names, rec.log)) | named | dict(train_seconds=self.train_seconds))
+    named |= self.watched | dict(train_seconds=self.train_seconds)
+    self.rows.append(dict(zip(rec.metric_names, rec.log)) | named)
+    self.n_steps,self.new_steps = self._all_steps(),Counter()
+
+@patch
+def _all_steps(self:MixRecorder):
+    "Steps so far by phase and sizes, of all processes"
+    return sum(_everyones(self.learn, self.new_steps), self.n_steps)
 
 # %% ../../nbs/callback/03_recorder.ipynb #645a2da5
 _recorder_attrs = 'lrs','iters','losses','values'
@@ -217,7 +249,8 @@ def state_dict(self:MixRecorder)->dict:
     if self.t_train is not None:
         sums = {k: v.cpu() for k,v in self.sums.items()}
         within = dict(by_rank=_everyones(self.learn, (sums, self.n)), seconds=_clock()-self.t_train)
-    return dict(rows=self.rows, sched=self.sched, on_cpu=self.on_cpu, within=within,
+    steps = [[*k, n] for k,n in self._all_steps().items()]
+    return dict(rows=self.rows, sched=self.sched, on_cpu=self.on_cpu, within=within, steps=steps,
                 recorder={k: getattr(rec, k) for k in _recorder_attrs},
                 smooth=(rec.smooth_loss.count, rec.smooth_loss.val))
 
@@ -227,6 +260,7 @@ def load_state_dict(self:MixRecorder, state):
     "Go on with this history"
     rec,dev = self.recorder,next(self.model.parameters()).device
     self.rows,self.sched,self.on_cpu = state['rows'],state['sched'],state['on_cpu']
+    self.n_steps = Counter({(p, tuple(map(tuple, o))): n for p,o,n in state.get('steps', ())})
     for k in _recorder_attrs: setattr(rec, k, state['recorder'][k])
     rec.losses[self.on_cpu:] = [o.to(dev) for o in rec.losses[self.on_cpu:]]
     rec.smooth_loss.count,rec.smooth_loss.val = state['smooth']

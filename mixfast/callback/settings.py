@@ -19,9 +19,11 @@ from fastai.callback.mixup import MixHandler
 from fastcore.foundation import L
 
 from .distributed import _ranks
+from ..data.batch import MixBatch, ViewTransform
 from ..data.loader import SeededDL
 from ..data.mix import phase_dl
-from ..data.store import ImageStore, MixBatch
+from ..data.store import ImageStore
+from ..data.views import ViewTfms
 
 # %% ../../nbs/callback/04_settings.ipynb #b5ac00da
 def _fingerprint(dl, world_size=1)->dict:
@@ -37,16 +39,17 @@ def _fingerprint(dl, world_size=1)->dict:
 
 # %% ../../nbs/callback/04_settings.ipynb #360447e6
 def _tfms_of(dl):
-    "The augmentations that a loader of `mix_dls` applies to its batches, as a string"
-    tfms = [list(t.tfms) for t in getattr(dl.after_batch, 'fs', ()) if isinstance(t, MixBatch)]
-    return re.sub(r' at 0x[0-9a-f]+', '', repr(tfms))
+    "The augmentations that a loader of `mix_dls` applies to its batches, and the views of any loader, as a string"
+    tfms = [list(L(t.tfms)) for t in getattr(dl.after_batch, 'fs', ()) if isinstance(t, (MixBatch,ViewTransform))]
+    views = [(o.size,o.magnitude) for os in tfms for o in os if isinstance(o, ViewTfms)] # which can be set at any time
+    return re.sub(r' at 0x[0-9a-f]+', '', repr(tfms)+repr(views)*bool(views))
 
 # %% ../../nbs/callback/04_settings.ipynb #3fb591eb
-def _data_settings(dls, world_size=1)->dict:
-    "What the loaders of a fit do"
+def _data_settings(dls, world_size=1, tfms=None)->dict:
+    "What the loaders of a fit do; `tfms` is the objective's set of views"
     data = {k: vars(dls).get(k) for k in ('seed','lam')} | dict(valid=_fingerprint(dls.valid, world_size))
     data |= {n: _fingerprint(phase_dl(dls, n), world_size) for n in ('ssl','mix','sl')}
-    return data | {f'{n}_tfms': _tfms_of(phase_dl(dls, n)) for n in ('ssl','sl')}
+    return data | {f'{n}_tfms': _tfms_of(phase_dl(dls, n, tfms=tfms)) for n in ('ssl','sl')}
 
 # %% ../../nbs/callback/04_settings.ipynb #74edc455
 _WATCHERS = set("""TrainEvalCallback Recorder CastToTensor DistributedTrainer MixedPrecision ProgressCallback CSVLogger
@@ -99,7 +102,7 @@ def _fit_settings(learn, phases, recipe, sl_sched, cbs=None)->dict:
                 optimizer=type(getattr(opt, 'opt', opt)).__name__, precision=amp.amp_mode.value if amp else 'fp32',
                 wd_bn_bias=learn.wd_bn_bias, loss=type(learn.loss_func).__name__,
                 callbacks=_callback_settings(learn.cbs+L(cbs)),
-                **_data_settings(learn.dls, _ranks(learn)[1]))
+                **_data_settings(learn.dls, _ranks(learn)[1], learn.mix.objective.view_tfms))
 
 # %% ../../nbs/callback/04_settings.ipynb #e095b55f
 def _first_difference(old:dict, new:dict):

@@ -13,6 +13,7 @@ from functools import partial
 import pandas as pd
 from fastai.torch_core import set_seed
 
+import mixfast.insight.cost # learn.mix.cost
 from .parallel import _in_processes, _line, _n_jobs, _watched
 from ..phases import MixPlan
 
@@ -34,8 +35,9 @@ def _run(new_learner, after, seed, method, **kwargs):
     learn = new_learner(seed)
     name = _metric(learn)
     with learn.no_bar(), learn.no_logging(): learn.fit_mixtraining(**kwargs | METHODS[method])
+    cost = learn.mix.cost.sum()
     row = {'method':method, 'seed':seed, name:float(learn.mix.history[name].iloc[-1]),
-           'seconds':sum(learn.mix.seconds.values())}
+           'seconds':cost.seconds, 'petaflop':cost.petaFLOP}
     if after: after(learn, row)
     return row
 
@@ -66,7 +68,7 @@ def compare_methods(
     jobs:int=1, # Processes, with one thread each if there are several; None: one a core. On a GPU it is always one
     after=None, # Function of a trained learner and its row, called where it was trained: to export it, ...
     **kwargs # For `fit_mixtraining`: `recipe`, `cbs`, ...
-)->pd.DataFrame: # A row a run: method, seed, the first metric of the last epoch, training seconds
+)->pd.DataFrame: # A row a run: method, seed, the first metric of the last epoch, training seconds and petaFLOP
     "Train by all three methods. `method_table` and `plot_methods` show what comes of it."
     MixPlan(**(args := dict(e_ssl=e_ssl, e_sl=e_sl, rho=rho)))
     if seeds<1: raise ValueError(f"seeds must be 1 or more, got {seeds}")

@@ -9,21 +9,25 @@ __all__ = []
 
 # %% ../../nbs/insight/03_cost.ipynb #9f4b1f50
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from copy import deepcopy
+from functools import partial
 from itertools import takewhile
 from numbers import Real
 from statistics import median
 
-import torch
+import pandas as pd, torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from fastcore.basics import patch
 from fastai.torch_core import apply, find_device
 
 from ..callback.distributed import _everyones
-from ..callback.recorder import MixRecorder
+from ..callback.recorder import MixRecorder, _sizes
 from ..checks import _check_whole
+from ..data.augment import _share_of
+from ..data.loader import _seeded
 from ..data.mix import phase_dl
 from .machine import device_clock, peak_memory, reset_peak_memory, usable_memory
 from ..model import MixModel, phase_loss, plain_model
@@ -38,8 +42,8 @@ def _labelled(learn):
 
 def _batch(learn, phase, bs=None):
     "Images of a phase, perhaps a tuple of views of them, and a list of targets; `bs` of them, repeated if need be"
-    views = 1 if phase=='sl' else learn.mix.objective.views
-    x,*y = phase_dl(learn.dls, phase, views).one_batch()
+    o = learn.mix.objective
+    x,*y = phase_dl(learn.dls, phase, o.views, o.view_tfms).one_batch() # the SL phase has one view
     if bs is None: return x,y
     return apply(lambda o: o[torch.arange(bs)%len(o)], (x,y))
 
@@ -48,20 +52,24 @@ def _device(learn):
     return find_device(_batch(learn, 'ssl'))
 
 # %% ../../nbs/insight/03_cost.ipynb #14b5f4d9
+def _copy(learn, objective, dev):
+    "A copy of the model and an objective, in training on a device; an optimizer like the learner's, at a rate of 0"
+    m = MixModel(deepcopy(plain_model(learn)), deepcopy(objective)).to(dev).train()
+    return m,learn.opt_func(learn.splitter(m), lr=0.)
+
+def _step(learn, m, opt, phase, x, y, loss_func):
+    "Make a training step of the copy `m`"
+    with learn.mix.autocast(find_device(x).type): loss,_ = phase_loss(m(x, phase), y, loss_func, phase)
+    loss.backward()
+    opt.step()
+    opt.zero_grad()
+    if phase!='sl': m.objective.after_step(m.backbone, 0.)
+
 def _steps(learn, bs=None, phases=_PHASES):
     "By phase a function that makes a training step of a copy of the model; the copy; its optimizer"
     if 'mix' in phases and not _labelled(learn): raise ValueError("the training images have no labels")
-    m = MixModel(deepcopy(plain_model(learn)), deepcopy(learn.mix.objective)).to(dev := _device(learn)).train()
-    opt = learn.opt_func(learn.splitter(m), lr=0.)
-    def step(phase):
-        x,y = _batch(learn, phase, bs)
-        def f():
-            with learn.mix.autocast(dev.type): loss,_ = phase_loss(m(x, phase), y, learn.loss_func, phase)
-            loss.backward()
-            opt.step()
-            opt.zero_grad()
-            if phase!='sl': m.objective.after_step(m.backbone, 0.)
-        return f
+    m,opt = _copy(learn, learn.mix.objective, _device(learn))
+    step = lambda p: partial(_step, learn, m, opt, p, *_batch(learn, p, bs), learn.loss_func)
     return {p: step(p) for p in phases},m,opt
 
 # %% ../../nbs/insight/03_cost.ipynb #632bed97
@@ -89,15 +97,50 @@ def step_seconds(self:MixRecorder,
     return {p: median(o) for p,o in self.step_times(n).items()}
 
 # %% ../../nbs/insight/03_cost.ipynb #f41600f2
-@patch
-def step_flops(self:MixRecorder)->dict: # By phase: floating-point operations of a training step
-    "Count the operations of a training step of each phase by torch's `FlopCounterMode`; nothing is changed"
+_cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_CPU_FLOPS = {_cpu_attention: lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v),
+              _cpu_attention_backward: lambda g, q, k, v, *args, **kwargs: sdpa_backward_flop_count(g, q, k, v)}
+
+def _count(f):
+    "Floating-point operations of matrix products and convolutions in `f()`"
+    with FlopCounterMode(display=False, custom_mapping=_CPU_FLOPS) as c: f()
+    return c.get_total_flops()
+
+# %% ../../nbs/insight/03_cost.ipynb #6dd4719c
+def _total(pred, *yb):
+    "The sum of all that is predicted"
+    return sum(o.float().sum() for o in tree_leaves(pred))
+
+def _flops(mix, objective, kinds, dev):
+    "Operations by kind of training step of a copy, a pair of a phase and the sizes of the views"
+    if not kinds: return {}
     res = {}
-    with torch.random.fork_rng():
-        for p,f in _steps(self.learn)[0].items():
-            with FlopCounterMode(display=False) as c: f()
-            res[p] = c.get_total_flops()
+    with _seeded(0, device=dev):
+        m,opt = _copy(mix.learn, objective, dev)
+        for phase,sizes in kinds:
+            x = tuple(torch.rand(o, device=dev) for o in sizes)
+            x = x if len(x)>1 else x[0]
+            res[phase,sizes] = _count(partial(_step, mix.learn, m, opt, phase, x, (), _total))
     return res
+
+# %% ../../nbs/insight/03_cost.ipynb #f26e30b6
+def _resized(sizes, size):
+    "The sizes of views whose longest side is to have `size` pixels; smaller ones keep their share of it"
+    n = max(max(o[2:]) for o in sizes)
+    return tuple((*o[:2], *[_share_of(size, p/n) for p in o[2:]]) for o in sizes)
+
+@patch
+def step_flops(self:MixRecorder,
+    size:int=None, # Pixels a side of the images for SSL, in SSL and mix phase; default: as the loaders give them
+)->dict: # By phase: floating-point operations of a training step; without labels of the SSL phase alone
+    "Count the operations of a training step of each phase by torch's `FlopCounterMode`; nothing is changed"
+    if size is not None: _check_whole(1, size=size)
+    with torch.random.fork_rng(): # fastai's loaders draw from it
+        res = {p: _sizes(_batch(self.learn, p)[0]) for p in (_PHASES if _labelled(self.learn) else ('ssl',))}
+        if size is not None: res |= {p: _resized(o, size) for p,o in res.items() if p!='sl'}
+        flops = _flops(self, self.objective, res.items(), _device(self.learn))
+    return {p: flops[p,o] for p,o in res.items()}
 
 # %% ../../nbs/insight/03_cost.ipynb #98e86c85
 def _nbytes(ts):
@@ -193,3 +236,18 @@ def measured_speedup(self:MixRecorder)->float: # More than 1: faster
     h = self.history
     t = h.groupby('phase').train_seconds.mean()
     return 1 + (h.phase=='mix').sum()*(t.ssl+t.sl-t.mix)/h.train_seconds.sum()
+
+# %% ../../nbs/insight/03_cost.ipynb #68cc0620
+@patch
+def _n_flop(self:MixRecorder, phase):
+    "Operations of a phase of the last fit, as far as they are counted"
+    return sum(n*self.counted[k] for k,n in self.n_steps.items() if k[0]==phase)
+
+@patch(as_prop=True)
+def cost(self:MixRecorder)->pd.DataFrame: # A row a phase; `.sum()` is the whole fit
+    "Training steps, petaFLOP and seconds of the last fit; operations are those of all processes, which must all ask"
+    dev,phase = next(plain_model(self.learn).parameters()).device,{r['epoch']: r['phase'] for r in self.rows}
+    self.counted |= _flops(self, self.fitted, [k for k in self.n_steps if k not in self.counted], dev)
+    steps = Counter(phase.get(int(e)) for e in self.sched['epoch'])
+    rows = {p: (steps[p], self._n_flop(p)/1e15, s) for p,s in self.seconds.items()}
+    return pd.DataFrame.from_dict(rows, orient='index', columns=['steps','petaFLOP','seconds'])

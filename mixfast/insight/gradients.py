@@ -76,8 +76,9 @@ def grad_cosines(self:MixRecorder,
     alpha:float=0.5, # Weight of the SSL loss in the mix, in [0,1]
 )->dict: # 'ssl_sl', 'ssl_mix', 'sl_mix'
     "Cosines between the gradients at the last layer of the backbone on a batch; nothing is changed"
-    learn,m = self.learn,MixModel(plain_model(self.learn), self.objective)
-    with torch.random.fork_rng(): b = phase_dl(learn.dls, 'mix', self.objective.views).one_batch() if b is None else b
+    learn,o = self.learn,self.objective
+    m = MixModel(plain_model(learn), o)
+    with torch.random.fork_rng(): b = phase_dl(learn.dls, 'mix', o.views, o.view_tfms).one_batch() if b is None else b
     dev = next(m.parameters()).device
     x,*y = apply(lambda t: t.to(dev).as_subclass(torch.Tensor), b)
     with torch.random.fork_rng(), evaluating(m), torch.enable_grad():

@@ -33,7 +33,8 @@ def _plot_losses(mix, ax):
     for k,v in {**h[['ssl_loss','sl_loss']], **valid}.items():
         style = dict(ls='--' if 'valid' in k else '-', color='C0' if 'ssl' in k else 'C1')
         if v.notna().any(): ax.plot(h.epoch+1, v, label=k, **style)
-    ax.set(ylabel='loss', yscale='log')
+    above = all((o.get_ydata()>0).all() for o in ax.lines)
+    ax.set(ylabel='loss', yscale='log' if above else 'linear')
 
 # %% ../../nbs/insight/05_plot.ipynb #41e22373
 @patch
@@ -123,13 +124,24 @@ def plot_speedup(self:MixRecorder,
     return _finish(ax, xlabel='rho', ylabel='times faster than SSL, then SL', xlim=(0,1))
 
 # %% ../../nbs/insight/05_plot.ipynb #19330f6f
+_COSTS = dict(seconds='training seconds', petaflop='petaFLOP')
+
+def _points(runs, x, y):
+    "The mean and standard deviation of the columns `x` and `y` of one method, a row a budget"
+    return runs.groupby('budget' if 'budget' in runs else 'method')[[x,y]].agg(['mean','std'])
+
+# %% ../../nbs/insight/05_plot.ipynb #3f69f952
 def plot_methods(
-    runs:pd.DataFrame, # Of `compare_methods`
+    runs:pd.DataFrame, # Of `compare_methods`; with a column 'budget' runs of several lengths
     ax=None, # Where to draw
+    x:str='seconds', # The cost: 'seconds' or 'petaflop'
 ):
-    "The metric against training seconds, a point a method, bars a standard deviation"
+    "The metric against cost: a point a method and budget, budgets of a method connected, bars a standard deviation"
+    if x not in _COSTS or x not in runs:
+        raise ValueError(f"x must be a column of runs out of {list(_COSTS)}, got {x!r}")
     ax,(runs,name) = ax or plt.subplots(figsize=(5,3.5))[1],_per_cent(runs)
     for m,g in runs.groupby('method', sort=False):
-        s,a = g.seconds,g[name]
-        ax.errorbar(s.mean(), a.mean(), xerr=s.std(), yerr=a.std(), fmt='o', ms=9, capsize=4, label=m)
-    return _finish(ax, xlabel='training seconds', ylabel=name, xlim=(0,None))
+        p = _points(g, x, name)
+        (px,py),std = (p[o,'mean'] for o in (x,name)),dict(xerr=p[x,'std'], yerr=p[name,'std'])
+        ax.errorbar(px, py, **std, fmt='o-', ms=9, capsize=4, label=m)
+    return _finish(ax, xlabel=_COSTS[x], ylabel=name, xlim=(0,None))

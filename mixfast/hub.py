@@ -17,7 +17,7 @@ from fastai.data.transforms import Normalize
 from timm.models import save_for_hf
 
 from .callback.recorder import MixRecorder
-from .data.store import MixBatch
+from .data.batch import MixBatch
 from .model import plain_model
 from .objective.features import body
 

@@ -21,25 +21,26 @@ from fastai.callback.training import GradientAccumulation
 from fastai.data.transforms import get_c
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.optimizer import OptimWrapper
 from fastai.torch_core import trainable_params
 import fastai.callback.progress # fastai's progress bar
 
 from .callback.checkpoint import Checkpoint, _checkpointing
-from .callback.core import MixScheduler, ObjectiveStep, Phases, Seeds
+from .callback.collapse import CollapseWatch
+from .callback.core import ObjectiveStep, Phases, Seeds
 from .callback.distributed import _distributed, _meet, _ranks
 from .callback.guard import FiniteGuard
 from .callback.owner import _explained, _mixing
+from .callback.rates import MixScheduler
 from .callback.recorder import MixRecorder
 from .callback.settings import _fit_settings
 from .data.mix import phase_dl
-from .model import _pair_up, fused_adamw, mix_splitter, no_decay
+from .model import _new_opt, _pair_up, fused_adamw, mix_splitter
 from .objective.choose import set_up
-from .objective.core import Objective
 from .objective.features import body, find_layout
+from .objective.multiview import Teacher
 from .phases import MixPlan
-from .schedule import _check_sl_sched, get_recipe
-from .task.core import _dry_run, _metrics_rest
+from .schedule import _check_recipe, _check_sl_sched, get_recipe
+from .task.core import _dry_run, _metrics_rest, _size_named
 
 # %% ../nbs/04_learner.ipynb #069695cf
 def _prepare(learn):
@@ -57,8 +58,9 @@ def to_mix(self:Learner,
     "Add `learn.mix` with an objective for the model. A second call changes the objective, if one is given."
     again = 'mix' in vars(self)
     if again and objective is None: return self
-    x = phase_dl(self.dls, 'ssl').one_batch()[0][:2].as_subclass(torch.Tensor)
-    objective = set_up(objective, self.model, x)
+    dl = phase_dl(self.dls, 'ssl')
+    x = dl.one_batch()[0][:2].as_subclass(torch.Tensor)
+    with _size_named(dl): objective = set_up(objective, self.model, x)
     if getattr(self.opt, 'frozen_idx', 0): self.unfreeze()
     if not again: _prepare(self)
     self.mix.kind = find_layout(self.model, x.to(next(self.model.parameters()).device)).kind
@@ -74,21 +76,34 @@ def _check_data(dls, plan):
         if p.sl and len(dl.dataset[0])<2:
             raise ValueError(f"e_sl={plan.e_sl}, but the training images have no labels: pass labelled ones, or e_sl=0")
 
+# %% ../nbs/04_learner.ipynb #b1ceb105
+def _check_enough(learn, plan):
+    "Raise `ValueError` where the phases of `plan` have too few images, or a batch too few, for the objective"
+    n = phase_dl(learn.dls, 'ssl').n # the mix phase draws from these, too
+    for dl in (phase_dl(learn.dls, p.name) for p in plan.phases if p.ssl):
+        check,bs = partial(learn.mix.objective.check_data, max(n, dl.n)),dl.bs*_ranks(learn)[1]
+        check(bs)
+        if dl.drop_last or dl.n%bs==0: continue
+        try: check(dl.n%bs)
+        except ValueError as e:
+            raise ValueError(f"the last batch of {dl.n} images: {e}. Use drop_last=True, or another bs") from e
+
 # %% ../nbs/04_learner.ipynb #9eb2fb3a
 def _check_gathering(learn, plan, cbs):
-    "Raise `ValueError` where processes would take steps at different batches"
-    if _ranks(learn)[1]==1 or not any(isinstance(cb, GradientAccumulation) for cb in cbs): return
-    dls = [dl for dl in (phase_dl(learn.dls, p.name) for p in plan.phases) if hasattr(dl, 'sizes')]
-    if any(len(set(dl.sizes(len(dl)-1)))>1 for dl in dls): raise ValueError(
-        "GradientAccumulation counts the images of each process, and the last batch is not the same for all: "
+    "Raise `ValueError` where all processes must have as many images of a batch, and have not"
+    acc,o = any(isinstance(cb, GradientAccumulation) for cb in cbs),learn.mix.objective
+    if _ranks(learn)[1]==1 or not (acc or o.gathers): return
+    dls = [phase_dl(learn.dls, p.name) for p in plan.phases if acc or p.ssl]
+    if any(len(set(dl.sizes(len(dl)-1)))>1 for dl in dls if hasattr(dl, 'sizes')): raise ValueError(
+        f"{'GradientAccumulation' if acc else type(o).__name__} counts the images of each process, and the last "
+        "batch is not the same for all: "
         "use drop_last=True, and batches that the images fill")
 
 # %% ../nbs/04_learner.ipynb #cddb0581
-def _new_opt(learn):
-    "A new optimizer, which leaves norms, biases and embeddings undecayed"
-    learn.create_opt()
-    if learn.wd_bn_bias or isinstance(learn.opt, OptimWrapper): return
-    for p in no_decay(learn.model): learn.opt.state[p]['do_wd'] = False
+def _recipe_of(learn, recipe=None):
+    "The `Recipe` meant by `recipe`; None: the default for this model and objective"
+    o = learn.mix
+    return get_recipe(recipe or ('vit_t' if o.kind=='tokens' else 'siamese' if o.objective.views>1 else 'resnet18'))
 
 # %% ../nbs/04_learner.ipynb #dcbe0af8
 @patch
@@ -98,8 +113,8 @@ def fit_mixtraining(self:Learner,
     rho:float=0.5, # Mix-ratio in [0,1]: the share of the shorter of the two that is merged
     alpha:float=0.5, # Weight of the self-supervised loss in the mix phase, in [0,1]
     alpha_sched:str=None, # None, or 'linear' or 'cosine': `alpha` runs from 1 to 0 over the mix phase
-    recipe=None, # A `Recipe` or the name of one; default: 'vit_t' for token features, 'resnet18' for maps
-    sl_sched:str='shared', # 'shared': one warm-up-cosine over mix and SL; 'restart': one for each
+    recipe=None, # A `Recipe` or its name; default: 'vit_t' for tokens; for maps 'resnet18', or 'siamese' if views>1
+    sl_sched:str='shared', # 'shared': one schedule over mix and SL; 'restart': one for each
     carry_opt:bool=False, # Carry the optimizer's state from the SSL phase into the supervised ones
     on_nan:str='stop', # What a loss that is not finite does: 'stop' the fit, or 'skip' the step
     cbs=None, # Callbacks, as in any fit
@@ -111,6 +126,7 @@ def fit_mixtraining(self:Learner,
     "Train all of the model by MixTraining (Algorithm 1). Raises `ValueError` or `TypeError` on bad input."
     _meet(self)
     plan,seeds,guard = MixPlan(e_ssl, e_sl, rho),Seeds(),FiniteGuard(on_nan)
+    cbs = L(cbs).map(lambda o: o() if isinstance(o, type) else o)
     phases = Phases(plan, alpha, alpha_sched, carry_opt)
     _check_data(self.dls, plan)
     _check_sl_sched(sl_sched)
@@ -118,11 +134,15 @@ def fit_mixtraining(self:Learner,
     if resume and checkpoint is None: raise ValueError("resume=True needs checkpoint, the folder to resume from")
     ckpt = None if checkpoint is None else Checkpoint(checkpoint, every, every_steps)
     self.to_mix()
+    _check_enough(self, plan)
     _dry_run(self, plan, self.cbs+L(cbs))
     if getattr(self.opt, 'frozen_idx', 0): self.unfreeze()
-    r = get_recipe(recipe or ('vit_t' if self.mix.kind=='tokens' else 'resnet18'))
-    ours = L(phases, seeds, guard, MixScheduler(plan, r.ssl, r.sl, sl_sched), *L(ckpt))
-    if type(self.mix.objective).after_step is not Objective.after_step: ours.append(ObjectiveStep())
+    r = _recipe_of(self, recipe)
+    _check_recipe(r, plan, sl_sched, carry_opt)
+    for cb in self.cbs+cbs:
+        if hasattr(type(cb), 'check_fit'): cb.check_fit(self, plan, r)
+    ours = L(phases, seeds, guard, MixScheduler(plan, r.ssl, r.sl, sl_sched), ObjectiveStep(), CollapseWatch(),
+             *L(ckpt))
     with _mixing(self, seeds, cbs), _metrics_rest(self):
         s = self.mix.settings = _fit_settings(self, phases, r, sl_sched, cbs)
         with _explained(self, phases), _distributed(self, s), _checkpointing(self, ckpt, s, resume):
@@ -174,7 +194,7 @@ def _check_arch(arch, kwargs):
         raise TypeError(f"patch_size must be a whole number of pixels, got {kwargs['patch_size']}")
 
 # %% ../nbs/04_learner.ipynb #acbfff4b
-_any_size = 'vision_transformer','deit','eva' # timm's position embeddings follow the image there, if told to
+_any_size = 'vision_transformer','deit','eva','swin_transformer','swin_transformer_v2' # if timm is told to
 
 def _timm_args(arch, x, kwargs):
     "Arguments for `timm.create_model`: what images like `x` ask for, and `kwargs`, which go first"
@@ -254,7 +274,9 @@ def compile(self:Learner,
     "Compile the parts of a mix learner in place; the first epoch pays for it. Raises `TypeError` for other learners."
     if 'mix' not in vars(self):
         raise TypeError("compile() is for a mix learner, with its objective: call learn.to_mix() first")
-    for o in (*body(self.model).children(), *self.mix.objective.children()):
+    teachers = [o for o in self.mix.objective.modules() if isinstance(o, Teacher)]
+    parts = [part for o in teachers for part in (*body(o[0]).children(), *o.copies[1:])]
+    for o in (*body(self.model).children(), *self.mix.objective.children(), *parts):
         for part in o if isinstance(o, nn.ModuleList) else [o]:
             if next(part.parameters(), None) is not None: _compile_part(part, **kwargs)
     return self

@@ -9,6 +9,7 @@ import mixfast.paper.cli as cli
 import mixfast.paper.mixtraining as ex
 import mixfast.paper.mixtraining_runs as runs
 import mixfast.paper.records as records
+import mixfast.paper.running as running
 from mixfast.data.datasets import ImageData, fraction
 from mixfast.insight.machine import source_commit
 from mixfast.model import plain_model
@@ -160,8 +161,8 @@ def test_steps_that_are_timed(monkeypatch):
             stepped.append(bs)
             clock[0] += 0.25*bs
         return dict.fromkeys(('ssl','mix','sl'), f),None,None
-    monkeypatch.setattr(runs, '_steps', steps)
-    monkeypatch.setattr(runs, 'device_clock', lambda dev: clock[0])
+    monkeypatch.setattr(running, '_steps', steps)
+    monkeypatch.setattr(running, 'device_clock', lambda dev: clock[0])
     monkeypatch.setattr(runs.time, 'perf_counter', lambda: clock[0])
     dls = experiment_dls(replace(E10['mix'], p=100), 0, '', load=fake, device='cpu')
     learn = experiment_learner(E10['mix'], dls, 'tiny')

@@ -13,7 +13,7 @@ import argparse, sys
 import matplotlib.pyplot as plt
 
 from .records import PAPERS, missing_runs
-import mixfast.paper.mixtraining_results # makes its paper known
+import mixfast.paper.efficient_results, mixfast.paper.mixtraining_results # make their papers known
 
 # %% ../../nbs/paper/05_cli.ipynb #dd4ea224
 def _paper_arg():
@@ -23,6 +23,13 @@ def _paper_arg():
     return p
 
 # %% ../../nbs/paper/05_cli.ipynb #bf52facf
+def _whole(s):
+    "A whole number from 1 up, as typed"
+    try: n = int(s)
+    except ValueError: n = 0
+    if n<1: raise argparse.ArgumentTypeError(f'must be a whole number from 1 up, got {s}')
+    return n
+
 def _parser(
     paper, # A `Paper`
 ):
@@ -31,12 +38,12 @@ def _parser(
                                 description="Run the paper's experiments that have no record yet")
     a = p.add_argument
     paper.add_args(p)
-    a('--seeds', type=int, default=4, help='runs an experiment')
+    a('--seeds', type=_whole, default=4, help='runs an experiment')
     a('--path', default='.', help='folder with the data sets')
     a('--out', default='runs', help='folder for the records')
     a('--scale', choices=paper.scales, default=paper.scales[0], help='small: a small model and few epochs, for a CPU')
     a('--fp32', action='store_true', help='train in float32 rather than in bfloat16 autocast')
-    a('--jobs', type=int, help=f'processes, with one thread each if there are several; default: 1 at scale '
+    a('--jobs', type=_whole, help=f'processes, with one thread each if there are several; default: 1 at scale '
                                f'{paper.scales[0]} and on a GPU, else one a core')
     a('--dry-run', action='store_true', help='list the runs and the estimated time')
     return p
@@ -72,6 +79,7 @@ def main(
         print(f'{len(runs)} runs are missing at scale {a.scale}', flush=True)
         paper.reproduce(exps, a.path, a.out, a.seeds, a.scale, not a.fp32, _jobs(paper, a))
     except (ValueError, TypeError, OSError) as e: sys.exit(f'mixfast-reproduce: {e}')
+    except KeyboardInterrupt: sys.exit('mixfast-reproduce: stopped; the same command goes on from here')
 
 # %% ../../nbs/paper/05_cli.ipynb #b4444f6f
 def report_main(

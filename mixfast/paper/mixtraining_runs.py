@@ -10,22 +10,18 @@ __all__ = ['run_experiment', 'estimate', 'reproduce']
 # %% ../../nbs/paper/03_mixtraining_runs.ipynb #6b18c1d2
 import math, time
 from dataclasses import asdict
-from functools import partial
 
 import numpy as np, torch
-from fastcore.basics import patch
-from fastprogress.fastprogress import progress_bar
 from fastai.callback.core import Callback, CancelValidException
 from fastai.torch_core import set_seed
 
-from ..insight.cost import _device, _steps
 from ..insight.gradients import GradCosines
-from ..insight.machine import (device_clock, device_name, package_versions, peak_memory, reset_peak_memory,
-                                     source_commit)
-from ..insight.parallel import _line, _looked_at, _n_jobs
+from ..insight.machine import reset_peak_memory
+from ..insight.parallel import _line
 from .mixtraining import (SCALES, Experiment, _load, _share, _ssl_images, check_scale, describe,
                                        experiment_args, experiment_dls, experiment_learner, scaled)
-from .records import missing_runs, new_record, run_missing
+from .records import missing_runs, new_record
+from .running import _image_seconds, _where, run_shown
 from ..phases import MixPlan
 
 # %% ../../nbs/paper/03_mixtraining_runs.ipynb #d089daac
@@ -52,12 +48,6 @@ def _measured(learn, cos, total):
                 train_seconds=sum(secs.values()), total_seconds=total,
                 total_by_phase={p: h.seconds[h.phase==p].sum() for p in secs})
 
-# %% ../../nbs/paper/03_mixtraining_runs.ipynb #d7144233
-def _where(dev):
-    "On what it was run, and when"
-    return dict(peak_bytes=peak_memory(dev), device=device_name(dev), commit=source_commit(),
-                versions=package_versions(), date=time.strftime('%Y-%m-%d'))
-
 # %% ../../nbs/paper/03_mixtraining_runs.ipynb #e1fc1cde
 def run_experiment(
     e:Experiment, # With the paper's epochs
@@ -83,20 +73,6 @@ def run_experiment(
     with learn.no_bar(), learn.no_logging(): learn.fit_mixtraining(**args)
     measured = _measured(learn, cos, time.perf_counter()-t)
     return new_record(e, seed, scale, bf16, **measured, settings=_settings(args, scale), **_where(dev))
-
-# %% ../../nbs/paper/03_mixtraining_runs.ipynb #f626b299
-def _image_seconds(learn, budget):
-    "By phase: seconds of a training step for an image of it; how many images that step had"
-    n,dev,start = 1,_device(learn),time.perf_counter()
-    with torch.random.fork_rng():
-        while True:
-            n,secs,begun = min(2*n, learn.dls.bs),{},time.perf_counter()
-            for p,f in _steps(learn, n)[0].items():
-                t = device_clock(dev)
-                f()
-                secs[p] = (device_clock(dev)-t)/n
-            now = time.perf_counter()
-            if n==learn.dls.bs or now-start+2*(now-begun)>budget: return secs,n # twice the images take twice as long
 
 # %% ../../nbs/paper/03_mixtraining_runs.ipynb #276e913a
 def _n_images(e, path, scale, load):
@@ -137,44 +113,10 @@ def estimate(
     return [secs[e] for e,_ in runs],f"steps of {' to '.join(map(str, sorted({min(ns),max(ns)})))} images"
 
 # %% ../../nbs/paper/03_mixtraining_runs.ipynb #5f5edf94
-class _Tick(Callback):
-    "Call a function at the end of each epoch"
-    def __init__(self, f): self.f = f
-    def after_epoch(self):
-        "Call it"
-        self.f()
-
 def _epochs(e, scale):
     "How many a run has in all"
     e = scaled(e, scale)
     return MixPlan(e.e_ssl, e.e_sl, e.rho).n_epoch
-
-# %% ../../nbs/paper/03_mixtraining_runs.ipynb #33ddb884
-class _Bar:
-    "A progress bar over the epochs of all `runs`, weighed by their images"
-    def __init__(self, runs, scale):
-        self.scale,self.done = scale,0
-        self.pb = progress_bar(range(sum(_epochs(e, scale)*e.p for e,_ in runs)))
-        self.pb.update(0)
-
-@patch
-def begin(self:_Bar, e, seed):
-    "The callback of the run that begins, as a list"
-    self.pb.comment = f'scale {self.scale}: {describe(scaled(e, self.scale))}, seed {seed}'
-    self.pb.update_bar(self.done)
-    return [_Tick(partial(self.tick, e.p))]
-
-@patch
-def end(self:_Bar, rec):
-    "Go on by all epochs of a run that is done"
-    e = Experiment(**rec['exp'])
-    self.tick(_epochs(e, self.scale)*e.p)
-
-@patch
-def tick(self:_Bar, n):
-    "Go on by `n`"
-    self.done += n
-    self.pb.update(self.done)
 
 # %% ../../nbs/paper/03_mixtraining_runs.ipynb #fd3e8bc0
 def _said(rec):
@@ -199,11 +141,8 @@ def reproduce(
     check_scale(scale)
     runs = missing_runs(exps, seeds, out, scale, bf16)
     for name in {o for e,_ in runs for o in (e.sl_data,e.ssl_data) if o}: (load or _load)(name, path)
-    jobs = _n_jobs(jobs, len(runs), device)
-    pb = _Bar(runs, scale) if bar and runs and _looked_at() else None
-    begin = pb.begin if pb and jobs==1 else lambda e, seed: []
-    def run(e, seed): return run_experiment(e, seed, path, scale, bf16, load, device, cbs=begin(e, seed))
-    def done(rec):
-        if pb and jobs>1: pb.end(rec)
-        elif bar and not pb: print(_said(rec), flush=True)
-    return run_missing(exps, run, out, seeds, scale, bf16, jobs, done, device)
+    def run(e, seed, cbs): return run_experiment(e, seed, path, scale, bf16, load, device, cbs=cbs)
+    def work(e): return _epochs(e, scale), e.p
+    def name(e): return f'scale {scale}: {describe(scaled(e, scale))}'
+    def said(rec): print(_said(rec), flush=True)
+    return run_shown(exps, run, work, name, out, seeds, scale, bf16, jobs, device, bar, said)

@@ -80,8 +80,10 @@ def record_id(
     rec:dict, # Of `read_records`
     setting:type, # The class of its setting
 )->tuple: # As `run_id`
-    "The run that a record is of"
-    return run_id(setting(**rec['exp']), rec['seed'], rec['scale'], rec['bf16'])
+    "The run that a record is of. Raises `ValueError` on a record of another version."
+    try: return run_id(setting(**rec['exp']), rec['seed'], rec['scale'], rec['bf16'])
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"a record has not what this version writes ({e}): take its line out, {str(rec)[:80]}") from e
 
 # %% ../../nbs/paper/00_records.ipynb #e4ea627c
 def missing_runs(

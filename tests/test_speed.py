@@ -4,7 +4,7 @@ from collections import Counter
 import pytest, torch, timm
 from fastai.vision.all import Callback, ProgressCallback, accuracy
 from torch._dynamo.utils import counters
-from mixfast.all import AE, MAE, MixModel, set_up
+from mixfast.all import AE, DINO, HardAugment, MAE, MixModel, MoCo, Objective, SimCLR, SimSiam, set_up
 from mixfast.objective.autoencode import kept_features
 from conftest import HOT, TINY, images, same, state
 
@@ -84,9 +84,9 @@ def reads(monkeypatch):
         monkeypatch.setattr(torch.Tensor, k, g)
     return n
 
-@pytest.mark.parametrize('objective', [MAE, MAE(visible_only='mix')])
+@pytest.mark.parametrize('objective', [MAE, MAE(visible_only='mix'), SimSiam(16, 8), SimCLR(8, 16), MoCo(8, 16, queue=20), DINO(12, 16, 8), HardAugment(SimSiam(16, 8), n=3, size=4)], ids=lambda o: getattr(o, '__name__', type(o).__name__))
 def test_a_step_reads_nothing(make, reads, objective):
-    "From one training batch's end to the next one's, in every phase, with a progress bar that is not drawn meanwhile"
+    "From one training batch's end to the next one's, in every phase, with a progress bar that is not drawn meanwhile; whether a step was taken is read by objectives that move after it"
     seen = []
     class Log(Callback):
         order,run_valid = 1000,False
@@ -97,7 +97,8 @@ def test_a_step_reads_nothing(make, reads, objective):
     learn = make(n=80, bs=8, objective=objective)
     learn.add_cb(ProgressCallback())
     learn.fit_mixtraining(2, 2, rho=0.5, cbs=Log())
-    assert {p for p,_ in seen}=={'ssl','mix','sl'} and len(seen)==6 and not any(r for _,r in seen), seen
+    asks = set() if type(learn.mix.objective).after_step is Objective.after_step else {'ssl','mix'}
+    assert {p for p,_ in seen}=={'ssl','mix','sl'} and len(seen)==6 and all(r==({'__bool__':1} if p in asks else {}) for p,r in seen), seen
 
 def test_losses_are_plain_numbers_afterwards(make):
     "fastai's recorder can draw them"
@@ -165,7 +166,7 @@ def test_bench(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, 'QUICK', dict(epochs=2))
     monkeypatch.setattr(bench, 'import_rows', lambda n: [])
     out = tmp_path/'bench.json'
-    args = dict(bf16=False, compile=False)
+    args = dict(bf16=False, compile=False, views=False)
     bench.main(True, **args, rounds=1, out=str(out))
     res,text = json.loads(out.read_text()),capsys.readouterr().out
     names = [r['name'] for r in res['ratios']]
@@ -195,3 +196,39 @@ def test_peers_train(monkeypatch):
         seen.clear()
         lightly_fit(w)()
         assert seen['steps']==4*2
+
+@pytest.fixture
+def sgd_steps(monkeypatch):
+    "A count of SGD's steps"
+    seen,step = Counter(),torch.optim.SGD.step
+    def count(self, *args, **kwargs):
+        seen['steps'] += 1
+        return step(self, *args, **kwargs)
+    monkeypatch.setattr(torch.optim.SGD, 'step', count)
+    return seen
+
+@pytest.mark.parametrize('method', ['simsiam','moco'])
+@pytest.mark.parametrize('name', ['view_fit','view_hand_fit','view_lightly_fit'])
+def test_view_peers_train(name, method, sgd_steps):
+    "All contenders take as many steps, two epochs of three: a benchmark of the same work"
+    from mixfast.bench import view_peers
+    if name=='view_lightly_fit': pytest.importorskip('lightly'); pytest.importorskip('lightning')
+    fit = getattr(view_peers, name)(view_peers.ViewWork(method=method, n=28, bs=8, epochs=2, px=32))
+    sgd_steps.clear()
+    fit()
+    assert sgd_steps['steps']==3*2
+
+def test_bench_of_views(tmp_path, monkeypatch, capsys):
+    "The command with views=True asks all questions, and says which targets are met"
+    from mixfast.bench import core as bench, views
+    monkeypatch.setattr(bench, '_view_work', lambda quick, bf16: bench.ViewWork(n=8, bs=8, epochs=1, px=32))
+    monkeypatch.setattr(views, 'view_heads', dict(simsiam=0))
+    monkeypatch.setattr(views, 'strategy_rows', lambda w, rounds: [views._row('all three', [1.2], '>= 1.1')]) # its notebook runs it
+    out = tmp_path/'views.json'
+    bench.main(True, bf16=False, compile=False, views=True, rounds=1, out=str(out))
+    res,text = json.loads(out.read_text()),capsys.readouterr().out
+    by = {r['name']: r for r in res['ratios']}
+    assert {'simsiam: fit_ssl / a loop by hand, training','byol: views / SSL step','moco: memory of a longer queue / its keys'} <= by.keys()
+    assert all(0<r['low']<=r['ratio']<=r['high'] for r in by.values()) and 0.5<by['simsiam: mix step / (SSL step + SL step)']['limit']<1
+    assert by['moco: memory of a longer queue / its keys']['ratio']==pytest.approx(1, abs=0.05)
+    assert res['work']['px']==32 and all(n in text for n in by) and str(out) in text and bench.bench_table(res).met.iloc[-1]=='yes'

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import numpy as np, pytest, timm, torch
 from fastai.vision.all import (Callback, CategoryBlock, DataBlock, EarlyStoppingCallback, GradientAccumulation, ImageDataLoaders, MixedPrecision, PILImage,
     ProgressCallback, RandomSplitter, RocAucBinary, SaveModelCallback, TerminateOnNaNCallback, accuracy, noop, resnet18, set_seed, vision_learner)
-from mixfast.all import AE, BatchFlip, KNNAccuracy, MAE, MixBlock, mix_dls, mix_learner
+from mixfast.all import (AE, BYOL, BatchFlip, DINO, HardAugment, KNNAccuracy, MAE, MixBlock, MixModel, MoCo, SimCLR, SimSiam, Sum, ViewTfms, mix_dls,
+    mix_learner, set_up)
 from mixfast.callback.files import _read_index as read_index
 from mixfast.callback import files as checkpoint
 from mixfast.callback.distributed import _allow, _synced_norms
@@ -62,6 +63,7 @@ class Log(Callback):
     def before_batch(self):
         m = self.phases
         x = self.xb[0] if self.xb else self.learn.x
+        x = x[0] if isinstance(x, tuple) else x
         self.rows.append((self.epoch, self.iter, m.now.name, m.alpha, self.opt.hypers[0]['lr'], (x.flatten(1) @ torch.linspace(-1, 1, x[0].numel()).sin()).tolist()))
 
 def fit(rank, world=1, bs=12, make_learn=None, seed=None, e=(4,4), cbs=(), after=None, distrib=dict(cpu=True), **kwargs):
@@ -166,15 +168,17 @@ class Die(Callback):
         if self.only is None: raise RuntimeError('died')
         if int(os.environ['RANK'])==self.only: os.kill(os.getpid(), signal.SIGKILL)
 
-@pytest.mark.parametrize('kwargs', [{}, dict(arch='resnet10t', n=40)])
-def test_resume_is_exact(launch, tmp_path, kwargs):
-    "On as many processes, with all that is random, to the last bit; with statistics of batch normalisation too"
-    new = partial(bn_learner if kwargs else learner)
-    ref = check_alike(launch(partial(fit, world=2, make_learn=new), 2))
-    kw = dict(world=2, make_learn=new, checkpoint=tmp_path/'run', every_steps=3, resume=True)
+@pytest.mark.parametrize('name', ['MAE','norms','MoCo','DINO'])
+def test_resume_is_exact(launch, tmp_path, name):
+    "On as many processes, with all that is random, to the last bit; with statistics of batch normalisation, queue, teacher and center too"
+    taught = dict(MoCo=MoCo(8, 16, queue=20), DINO=DINO(12, 16, 8))
+    new = partial(view_learner, objective=taught[name], ssl_tfms=None) if name in taught else bn_learner if name=='norms' else learner
+    kw = dict(world=2, make_learn=new, after=objective_state, e=(2,2) if name in taught else (4,4))
+    ref = check_alike(launch(partial(fit, **kw), 2))
+    kw |= dict(checkpoint=tmp_path/'run', every_steps=3, resume=True)
     for k in (4, 5): launch(partial(fit, cbs=[Die(k)], **kw), 2)
     res = check_alike(launch(partial(fit, seed=0, **kw), 2))
-    assert same(res['weights'], ref['weights'])
+    assert same(res['weights'], ref['weights']) and same(res['objective'], ref['objective'])
     assert repr(res['rows'])==repr(ref['rows'])
     assert res['losses']==ref['losses']
 
@@ -291,6 +295,9 @@ def test_synced_norms():
             assert sum(isinstance(o, torch.nn.SyncBatchNorm) for o in m.modules())>30
             torch.testing.assert_close(m(x), y)
     assert all(a is b for a,b in zip(m.modules(), before, strict=True))
+    net = timm.create_model('resnet10t')
+    m = MixModel(net, set_up(BYOL(8, 16), net, torch.zeros(2, 3, 32, 32)))
+    with _synced_norms(m, True): assert sum(isinstance(o, torch.nn.SyncBatchNorm) for o in m.modules())==14+14+3, 'of model, teacher and three heads'
 
 def test_gradient_checkpointing(launch):
     "Blocks that are computed again in the backward pass, for backbones that do not fit: the same weights"
@@ -336,3 +343,32 @@ def test_launchers(tmp_path):
     out = start('accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', 'train.py', 'run')
     assert out.returncode==0 and (tmp_path/'run'/'end.pt').exists(), out.stderr
     assert [o['epoch'] for o in read_index(tmp_path/'run')]==[3,2]
+
+VIEWS = ViewTfms([], [lambda x: x.flip(3)], [lambda x: x.flip(2)])
+
+def view_learner(bs, objective, ssl_tfms=VIEWS, **kwargs):
+    "Two or three views that are not random, and no batch norm"
+    dls = mix_dls(images(48), images(21, seed=1), ssl=images(61, seed=2)[0], bs=bs, seed=3, ssl_tfms=ssl_tfms, **kwargs)
+    return mix_learner(dls, objective=objective, metrics=accuracy, **TINY)
+
+def objective_state(learn): return dict(objective=state(learn.mix.objective))
+
+@pytest.mark.parametrize('objective,n', [(SimSiam(16, 8, norm=False), 1), (BYOL(8, 16, norm=False), 1), (SimCLR(8, 16, norm=False), 1), (MoCo(8, 16, queue=40), 1),
+    (HardAugment(SimSiam(16, 8, norm=False), n=3, size=4), 1), (Sum(AE(dim=8), SimSiam(16, 8, norm=False)), 1), (MoCo(8, 16, queue=40), 2), (DINO(12, 16, 8), 2)], ids=lambda o: None if isinstance(o, int) else type(o).__name__)
+def test_two_views_as_one_process(launch, objective, n):
+    "Negatives, queue and teacher are those of one process, gathered in `n` batches; the spread, and SimCLR's loss in validation, are of each process's part of a batch"
+    kw = dict(make_learn=partial(view_learner, objective=objective), seed=0, after=objective_state)
+    def cbs(bs): return [GradientAccumulation(n*bs)] if n>1 else [] # of the images of a process
+    one,two = alone(launch, partial(fit, cbs=cbs(12), **kw)),check_alike(launch(partial(fit, world=2, cbs=cbs(6), **kw), 2))
+    for r in one['rows']+two['rows']:
+        if 'spread' in r: assert 0<r.pop('spread')<1.3
+        if r['phase']=='ssl' and isinstance(objective, SimCLR): del r['valid_loss']
+    check_close(two, one)
+    for k,v in one['objective'].items():
+        if 'spread' not in k: torch.testing.assert_close(two['objective'][k], v, atol=1e-4, rtol=0)
+
+def test_two_views_of_unequal_parts(launch):
+    "Refused by those that compare with the images of other processes"
+    for o,says in ((SimCLR(8, 16), 'SimCLR counts the images of each process'), (BYOL(8, 16), None)):
+        res = launch(partial(fit, make_learn=partial(view_learner, objective=o, drop_last=False), bs=14, world=2, e=(1,1)), 2)
+        assert all(says in str(r) for r in res) if says else check_alike(res)

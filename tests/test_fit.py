@@ -395,7 +395,7 @@ def test_models_that_do_not_fit(make, tmp_path):
     with pytest.raises(TypeError, match='cannot be split into features and head'): make(arch=torchvision.models.resnet18(num_classes=3))
     with pytest.raises(ValueError, match="Use objective='ae'"): make(size=32, c=3, arch='resnet18', objective='mae')
     with pytest.raises(TypeError, match='gives features list'): make(size=240, c=3, n=3, bs=2, arch='crossvit_tiny_240')
-    with pytest.raises(ValueError, match='objective must be one of'): make(objective='simclr')
+    with pytest.raises(ValueError, match='objective must be one of'): make(objective='mea')
     learn = Learner(file_dls(tmp_path), torchvision.models.resnet18(num_classes=3))
     with pytest.raises(TypeError, match='cannot be split'): learn.fit_mixtraining(1, 1)
     assert not isinstance(learn.model, MixModel)

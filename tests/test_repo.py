@@ -55,6 +55,13 @@ def test_module_is_what_the_notebooks_export(tmp_path):
     src,exp = ({p.relative_to(d): p.read_text(encoding='utf-8') for p in (d/'mixfast').rglob('*.py')} for d in (root, tmp_path))
     assert src == exp, 'run nbdev-export'
 
+def test_modules_are_short_and_narrow():
+    "At most 300 lines of 120 characters; what nbdev writes itself may be longer"
+    for p in (p for p in (root/'mixfast').rglob('*.py') if p.name != '_modidx.py'):
+        lines = p.read_text(encoding='utf-8').splitlines()
+        assert len(lines) <= 300, f'{p.name} is two modules'
+        assert not [o for o in lines if len(o) > 120 and not o.startswith('__all__')], p.name
+
 def public():
     "Functions, classes and methods that users may call, and what is patched into fastai's learner"
     found = [('Learner', Learner)]

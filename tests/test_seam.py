@@ -9,7 +9,7 @@ from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CrossEntropyLoss
 from torch import nn
 
 from conftest import HOT, TINY, images, same, state
-from mixfast.all import (AE, BatchFlip, BatchResizedCrop, KNNAccuracy, MAE, Objective, find_layout, mix_dls, mix_learner,
+from mixfast.all import (AE, BatchFlip, BatchResizedCrop, KNNAccuracy, MAE, Objective, SimCLR, find_layout, mix_dls, mix_learner,
                          plain_model)
 
 FIT = dict(e_ssl=4, e_sl=4, rho=0.5, recipe=HOT) # two epochs of each phase
@@ -315,6 +315,18 @@ def test_two_views_are_resumed(make, tmp_path, two):
     learn.fit_mixtraining(**FIT, checkpoint=tmp_path/'run', every_steps=2, resume=True)
     assert same(state(learn.model), state(ref.model)) and same(state(learn.mix.objective), state(ref.mix.objective))
     assert learn.mix.history.ssl_loss[:4].between(-1, 1).all()
+
+@pytest.mark.parametrize('kwargs,says', [
+    (dict(), 'the last batch of 25 images: SimCLR .* bs must be 2 or more, got 1. Use drop_last=True'), (dict(bs=1), '^SimCLR .* got 1$'), (dict(bs=23), None),
+    (dict(drop_last=True), None), (dict(n=16), None)])
+def test_a_last_batch_of_one_image(make, kwargs, says):
+    "Is refused before anything is trained, where the objective compares images; by `lr_find` too"
+    n,bs,drop_last = (dict(n=25, bs=8, drop_last=False) | kwargs).values()
+    learn = make(dls=mix_dls(images(n, 8, 3), bs=bs, drop_last=drop_last), c=3, objective=SimCLR(8, 8), metrics=None)
+    for f in (lambda: learn.fit_ssl(1), lambda: learn.fit_mixtraining(1, 1, rho=1), lambda: learn.lr_find(phase='ssl', num_it=20, show_plot=False)):
+        if says is None: f(); continue
+        with pytest.raises(ValueError, match=says): f()
+    assert says is None or learn.mix.rows==[]
 
 def test_views_need_loaders_that_make_them():
     learn = quiet(mix_learner(tensor_dls(torch.arange(24)%3), 'resnet10t', SimSiam(), n_out=3, loss_func=CrossEntropyLossFlat()))

@@ -9,11 +9,9 @@ __all__ = ['run_efficient', 'estimate', 'reproduce']
 
 # %% ../../nbs/paper/07_efficient_runs.ipynb #54bf7500
 import time
-from collections import Counter
 from dataclasses import asdict
 
 import numpy as np, torch
-from fastai.callback.core import Callback, CancelValidException
 from fastai.torch_core import set_seed
 
 from ..callback.progressive import progressive_sizes, progressive_speedup
@@ -23,19 +21,7 @@ from ..insight.parallel import _line
 from .efficient_ssl import (SCALES, EfficientSSL, _load, check_scale, describe, efficient_args,
                                          efficient_dls, efficient_learner, full_size, scaled)
 from .records import missing_runs, new_record
-from .running import _image_seconds, _where, run_shown
-
-# %% ../../nbs/paper/07_efficient_runs.ipynb #0b32c3b5
-class _Course(Callback):
-    "Validate `n` times in a fit, and note the steps that were taken by the end of each epoch"
-    order = 100 # after the recorder
-    def __init__(self, n=10): self.n,self.steps = n,[]
-    def before_validate(self):
-        "Only at every tenth of the epochs"
-        if (self.epoch+1)*self.n//self.n_epoch == self.epoch*self.n//self.n_epoch: raise CancelValidException()
-    def after_epoch(self):
-        "Note the steps so far"
-        self.steps.append(Counter(self.learn.mix.n_steps))
+from .running import _Course, _image_seconds, _where, run_shown
 
 # %% ../../nbs/paper/07_efficient_runs.ipynb #0db51fdf
 def _petaflops(

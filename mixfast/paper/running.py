@@ -9,12 +9,13 @@ __all__ = ['run_shown']
 
 # %% ../../nbs/paper/01a_running.ipynb #14aa6f77
 import time
+from collections import Counter
 from functools import partial
 
 import torch
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelValidException
 
 from ..insight.cost import _device, _steps
 from ..insight.machine import device_clock, device_name, package_versions, peak_memory, source_commit
@@ -26,6 +27,18 @@ def _where(dev):
     "On what it was run, and when"
     return dict(peak_bytes=peak_memory(dev), device=device_name(dev), commit=source_commit(),
                 versions=package_versions(), date=time.strftime('%Y-%m-%d'))
+
+# %% ../../nbs/paper/01a_running.ipynb #0b32c3b5
+class _Course(Callback):
+    "Validate `n` times in a fit, and note the steps that were taken by the end of each epoch"
+    order = 100 # after the recorder
+    def __init__(self, n=10): self.n,self.steps = n,[]
+    def before_validate(self):
+        "Only at every `n`th part of the epochs"
+        if (self.epoch+1)*self.n//self.n_epoch == self.epoch*self.n//self.n_epoch: raise CancelValidException()
+    def after_epoch(self):
+        "Note the steps so far"
+        self.steps.append(Counter(self.learn.mix.n_steps))
 
 # %% ../../nbs/paper/01a_running.ipynb #fb09fb49
 def _image_seconds(

@@ -281,17 +281,20 @@ def _lightly_sl(vit):
     return SL()
 
 # %% ../../nbs/bench/00_peers.ipynb #46fd4f75
+def _lightning_trainer(w):
+    "A function that makes Lightning's trainer, which is silent"
+    import lightning
+    logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
+    quiet = dict.fromkeys(('logger','enable_checkpointing','enable_progress_bar','enable_model_summary'), False)
+    precision = 'bf16-mixed' if w.bf16 else 32
+    return partial(lightning.Trainer, max_epochs=w.epochs, devices=1, precision=precision, **quiet)
+
 def lightly_fit(
     w:Work, # What to train
 ): # A function that trains. Raises `ImportError` without lightly and lightning
     "SSL, then SL, by lightly's MAE and two Lightning trainers"
-    import lightning
     from lightly.models.modules import MaskedVisionTransformerDecoderTIMM as _ # new in 1.6
-    logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
-    train,valid = _item_dls(w)
-    quiet = dict.fromkeys(('logger','enable_checkpointing','enable_progress_bar','enable_model_summary'), False)
-    precision = 'bf16-mixed' if w.bf16 else 32
-    trainer = partial(lightning.Trainer, max_epochs=w.epochs, devices=1, precision=precision, **quiet)
+    trainer,(train,valid) = _lightning_trainer(w),_item_dls(w)
     def fit():
         vit = w.vit()
         trainer().fit(_lightly_ssl(w, vit), train)

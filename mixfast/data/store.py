@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np, torch
 from PIL import Image
 from fastcore.basics import patch
-from fastcore.foundation import L
 from fastai.data.transforms import Category, CategoryMap, MultiCategory, RegressionSetup
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from torchvision.transforms.v2 import functional as TF

@@ -10,13 +10,12 @@ Part c asks neighbours on images held out of the training split, and part d take
 (or --objective); the accuracies of part d are those on the test split at the end of training. Methods with two views
 and AE have the small ResNet of `mixfast-reproduce --paper efficient_ssl --scale small`, MAE a ViT of 4 blocks."""
 from mixfast.cli import _quiet; _quiet() # before anything is imported that warns
-import json, time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd
 from fastai.metrics import accuracy
-from fastai.torch_core import default_device, set_seed
+from fastai.torch_core import set_seed
 from fastcore.script import call_parse, store_true
 from mixfast.callback.progressive import SuperProgressive
 from mixfast.data.labels import fraction
@@ -27,8 +26,8 @@ from mixfast.insight.parallel import _in_processes, _line, _watched
 from mixfast.insight.plot import _finish
 from mixfast.learner import mix_learner
 from mixfast.paper.efficient_runs import _Course, _petaflops
-from mixfast.paper.efficient_ssl import METHODS, EfficientSSL, _backbone, _load, _objective, full_size
-from mixfast.paper.records import add_record
+from mixfast.paper.efficient_ssl import METHODS, EfficientSSL, _backbone, _load, _objective
+from mixfast.paper.records import add_record, read_records
 from mixfast.paper.report import Section, save_report
 from mixfast.paper.running import _image_seconds, _where
 from mixfast.phases import MixPlan
@@ -129,14 +128,6 @@ def run(path, hold_out, bf16, r, seed):
     return dict(exp=asdict(r), seed=seed, hold_out=hold_out if r.part=='c' else 0, bf16=bf16, settings=settings, **res,
                 **_where(_device(learn)))
 
-def records(f):
-    "The runs of a file, whole lines only"
-    res = []
-    for line in f.read_text().splitlines() if f.exists() else ():
-        try: res.append(json.loads(line))
-        except ValueError: pass
-    return res
-
 def seconds_of(r, path, hold_out, bf16):
     "About how long a run will take, without validation"
     dls = loaders(r, 0, path, hold_out)
@@ -177,7 +168,7 @@ def by_seconds(t, ax):
     _finish(ax, xlabel='training seconds', ylabel='accuracy, %', title=t.data.iloc[0]).legend(fontsize=7)
 
 def report(out):
-    c,d = [records(out/f'{p}.jsonl') for p in 'cd']
+    c,d = [read_records(out/f'{p}.jsonl') for p in 'cd']
     secs = []
     if c: secs += [Section('Seven objectives at equal cost', 'CIFAR-10; neighbours and linear probe on images held out '
         'of the training split.', table(c).drop(columns=['method','strategies'])), Section(draw=lambda ax: by_cost(c, ax))]
@@ -189,7 +180,7 @@ def report(out):
 
 def best_of(out):
     "The method with two views that part c found best"
-    two = [r for r in records(out/'c.jsonl') if r['exp']['objective'] in METHODS]
+    two = [r for r in read_records(out/'c.jsonl') if r['exp']['objective'] in METHODS]
     if not two: raise SystemExit('two_views.py: run --part c first, or name an --objective')
     return max(two, key=lambda r: r['knn'])['exp']['objective']
 
@@ -213,7 +204,7 @@ def main(
     if report_only: return report(out)
     if part not in ('c','d'): raise SystemExit(f"two_views.py: part must be 'c' or 'd', got {part!r}")
     f,todo = out/f'{part}.jsonl',runs_of(part, objective or (best_of(out) if part=='d' else ''))
-    done = {(Run(**r['exp']), r['seed']) for r in records(f)}
+    done = {(Run(**r['exp']), r['seed']) for r in read_records(f)}
     todo = [(r,s) for s in range(seeds) for r in todo if only in describe(r) and (r,s) not in done]
     if dry_run:
         secs = {r: seconds_of(r, path, hold_out, not fp32) for r in dict.fromkeys(r for r,_ in todo)}

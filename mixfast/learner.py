@@ -137,7 +137,7 @@ def fit_mixtraining(self:Learner,
     ckpt = None if checkpoint is None else Checkpoint(checkpoint, every, every_steps)
     self.to_mix()
     _check_enough(self, plan)
-    _dry_run(self, plan, self.cbs+L(cbs))
+    _dry_run(self, plan, self.cbs+cbs)
     if getattr(self.opt, 'frozen_idx', 0): self.unfreeze()
     r = _recipe_of(self, recipe)
     _check_recipe(r, plan, sl_sched, carry_opt)
@@ -148,9 +148,9 @@ def fit_mixtraining(self:Learner,
     with _mixing(self, seeds, cbs), _metrics_rest(self):
         s = self.mix.settings = _fit_settings(self, phases, r, sl_sched, cbs)
         with _explained(self, phases), _distributed(self, s), _checkpointing(self, ckpt, s, resume):
-            _check_gathering(self, plan, self.cbs+L(cbs))
+            _check_gathering(self, plan, self.cbs+cbs)
             _new_opt(self)
-            self.fit(plan.n_epoch, cbs=ours+L(cbs))
+            self.fit(plan.n_epoch, cbs=ours+cbs)
     self.mix.skipped = guard.skipped
 
 # %% ../nbs/04_learner.ipynb #699098a1

@@ -1,6 +1,6 @@
 import matplotlib; matplotlib.use('Agg')
 import numpy as np, pytest, torch
-from fastai.vision.all import ProgressCallback, accuracy, noop, set_seed
+from fastai.vision.all import Callback, ProgressCallback, accuracy, noop, set_seed
 
 from mixfast.all import Hypers, Recipe, mix_dls, mix_learner
 
@@ -35,3 +35,12 @@ def make(tmp_path):
 
 def state(m): return {k:v.clone() for k,v in m.state_dict().items()}
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+class Die(Callback):
+    "Fail at the end of the `n`-th training step"
+    only_watches = True
+    order = 2000
+    def __init__(self, n): self.n = n
+    def after_batch(self):
+        self.n -= self.training
+        if self.n==0: raise RuntimeError('died')

@@ -71,7 +71,7 @@ def test_passes_without_gradient_count(make):
 def test_attention_counts_on_a_cpu(make):
     "An SL step by hand: three passes of all matrices, of the first two, and attention"
     learn = make(n=24, bs=8)
-    b,n,d,h,depth,p = 8,17,32,2,2,4 # 16 patches of 4 numbers and a class token
+    b,n,d,depth,p = 8,17,32,2,4 # 16 patches of 4 numbers and a class token
     one = 2*b*n*12*d*d*depth # qkv, projection, MLP
     attention = 2*2*b*n*n*d*depth # forward; backward five products for two
     embed,head = 2*b*16*p*d,2*b*d*3

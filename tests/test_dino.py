@@ -6,7 +6,7 @@ import pytest, timm, torch, torch.nn.functional as F
 from fastai.vision.all import Adam, Callback, GradientAccumulation, SGD, accuracy, set_seed
 from torch import nn
 
-from conftest import HOT, TINY, images, same, state
+from conftest import Die, HOT, TINY, images, same, state
 from mixfast.all import MixModel, Recipe, Hypers, mix_dls, mix_learner
 from mixfast.insight.cost import _count
 from mixfast.model import mix_splitter
@@ -142,15 +142,11 @@ def test_the_teacher_is_not_trained(make):
 @pytest.mark.parametrize('at', [4, 8])
 def test_resume(make, tmp_path, at, cbs):
     "In the midst of SSL and of the mix phase, also between two batches of a step: teacher, center and sums to the bit"
-    class Die(Callback):
-        only_watches,order = True,2000
-        def after_batch(self):
-            if self.training and self.train_iter==at: raise RuntimeError('died')
     kw = dict(FIT, cbs=[GradientAccumulation(n) for n in cbs])
     ref,new = make(objective=small(momentum=0.8)),lambda seed: make(objective=small(momentum=0.8), seed=seed)
     ref.fit_mixtraining(**kw)
     with pytest.raises(RuntimeError, match='died'):
-        new(0).fit_mixtraining(**dict(kw, cbs=[*kw['cbs'], Die()]), checkpoint=tmp_path/'run', every_steps=1)
+        new(0).fit_mixtraining(**dict(kw, cbs=[*kw['cbs'], Die(at)]), checkpoint=tmp_path/'run', every_steps=1)
     learn = new(5)
     learn.fit_mixtraining(**dict(kw, cbs=[GradientAccumulation(n) for n in cbs]), checkpoint=tmp_path/'run', every_steps=1, resume=True)
     a,b = [state(o.mix.objective) for o in (learn,ref)]

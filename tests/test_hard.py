@@ -4,10 +4,10 @@ from functools import partial
 from itertools import combinations
 
 import pytest, timm, torch, torch.nn.functional as F
-from fastai.vision.all import Callback, GradientAccumulation, set_seed
+from fastai.vision.all import GradientAccumulation, set_seed
 from torch import nn
 
-from conftest import HOT, TINY, same, state
+from conftest import Die, HOT, TINY, same, state
 from mixfast.all import AE, MAE, MixModel, MultiView, set_up
 from mixfast.objective.contrastive import MoCo, SimCLR
 from mixfast.objective.dino import DINO
@@ -176,15 +176,11 @@ def test_a_cnn_with_extra_targets(make):
 @pytest.mark.parametrize('name', ['byol','moco','dino'])
 def test_resume(make, tmp_path, name):
     "In the midst of the mix phase, between two batches of a step: all that moves by steps, to the bit"
-    class Die(Callback):
-        only_watches,order = True,2000
-        def after_batch(self):
-            if self.training and self.train_iter==8: raise RuntimeError('died')
     new = lambda seed: make(objective=HardAugment(METHODS[name](), n=3, size=4), seed=seed)
     fit = lambda learn, *cbs, **kw: learn.fit_mixtraining(**FIT, cbs=[GradientAccumulation(16), *cbs], **kw)
     ref,ck = new(0),dict(checkpoint=tmp_path/'run', every_steps=1)
     fit(ref)
-    with pytest.raises(RuntimeError, match='died'): fit(new(0), Die(), **ck)
+    with pytest.raises(RuntimeError, match='died'): fit(new(0), Die(8), **ck)
     with pytest.raises(ValueError, match='n 3 -> 4|n.*3.*4'):
         fit(make(objective=HardAugment(METHODS[name](), n=4, size=4)), **ck, resume=True)
     learn = new(5)

@@ -5,10 +5,9 @@ from functools import partial
 import numpy as np, pytest, timm, torch, torch.nn.functional as F
 from fastai.vision.all import Callback, CategoryBlock, DataBlock, GradientAccumulation, PILImage, RandomSplitter, load_learner, set_seed
 from torch.utils.flop_counter import FlopCounterMode
-from mixfast.all import BYOL, BatchFlip, BatchResizedCrop, DINO, MixBlock, MoCo, SimCLR, SimSiam, info_nce, mix_dls, mix_learner, neg_cosine, nt_xent, set_up
-from mixfast.model import plain_model
+from mixfast.all import BYOL, BatchFlip, BatchResizedCrop, DINO, MixBlock, MoCo, SimCLR, SimSiam, info_nce, mix_dls, neg_cosine, nt_xent, set_up
 from mixfast.objective.multiview import cosine_momentum, encode_views
-from conftest import HOT, images, same, state
+from conftest import Die, HOT, images, same, state
 
 METHODS = dict(simsiam=partial(SimSiam, 16, 8), byol=partial(BYOL, 8, 16), simclr=partial(SimCLR, 8, 16), moco=partial(MoCo, 8, 16, queue=20), dino=partial(DINO, 12, 16, 8))
 pytestmark = pytest.mark.filterwarnings('ignore:epoch .* seems to collapse') # fits of a few steps
@@ -229,13 +228,6 @@ def test_a_skipped_step(make, name):
 @each
 def test_resumed(make, tmp_path, name):
     "Killed in each phase, and between: bit for bit as in peace, in steps of two batches"
-    class Die(Callback):
-        only_watches = True
-        order,run_valid = 2000,False
-        def __init__(self, n): self.n = n
-        def after_batch(self):
-            self.n -= 1
-            if self.n==0: raise RuntimeError('died')
     def new(seed): return make(seed=seed, dls=arrays(seed=seed), objective=METHODS[name]())
     kw = dict(FIT, cbs=[GradientAccumulation(16)])
     ref = new(0)

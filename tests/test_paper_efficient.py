@@ -1,16 +1,15 @@
 "Cheaper self-supervision: its settings, runs, speed-ups and report"
-import argparse, importlib.util, json
-from dataclasses import asdict, replace
+import importlib.util, json
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 
 import mixfast.paper.efficient_runs as runs
 from mixfast.data.datasets import ImageData
 from mixfast.paper.cli import main, report_main
-from mixfast.paper.efficient_results import cost_at, efficient_results, efficient_ssl, equal_accuracy, table_layout, write_report
+from mixfast.paper.efficient_results import cost_at, efficient_results, equal_accuracy, table_layout, write_report
 from mixfast.paper.efficient_runs import estimate, reproduce, run_efficient
-from mixfast.paper.efficient_ssl import (METHODS, EfficientSSL, efficient_args, efficient_dls, efficient_learner, efficient_settings,
-                                         efficient_tables, scaled, strategies)
+from mixfast.paper.efficient_ssl import METHODS, efficient_args, efficient_dls, efficient_settings, efficient_tables, scaled
 from mixfast.paper.records import add_record, missing_runs, new_record, read_records
 
 root = Path(__file__).resolve().parents[1]

@@ -8,18 +8,9 @@ from mixfast.objective import autoencode
 from mixfast.all import AE, BatchFlip, MAE, MixBlock, MixDL, mix_dls, mix_learner
 from mixfast.callback.files import (_INDEX as INDEX, _check_room as check_room, _load_state as load_state, _read_index as read_index,
     _save_state as save_state, _write_atomic as write_atomic)
-from conftest import HOT, TINY, images, same, state
+from conftest import Die, HOT, TINY, images, same, state
 sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'))
 import kills
-
-class Die(Callback):
-    "Fail at the end of the `n`-th training step"
-    only_watches = True
-    order = 2000
-    def __init__(self, n): self.n = n
-    def after_batch(self):
-        self.n -= self.training
-        if self.n==0: raise RuntimeError('died')
 
 def whole(learn):
     "All that a fit leaves behind, its seconds apart"

@@ -8,7 +8,7 @@ from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CrossEntropyLoss
     vision_learner)
 from torch import nn
 
-from conftest import HOT, TINY, images, same, state
+from conftest import Die, HOT, TINY, images, same, state
 from mixfast.all import (AE, BatchFlip, BatchResizedCrop, KNNAccuracy, MAE, Objective, SimCLR, find_layout, mix_dls, mix_learner,
                          plain_model)
 
@@ -292,13 +292,6 @@ class SimSiam(Objective):
 @pytest.mark.parametrize('two', [False,True])
 def test_two_views_are_resumed(make, tmp_path, two):
     "Other images for SSL or the same: each view blended, one pass a step; killed in each phase, and bit for bit as in peace"
-    class Die(Callback):
-        only_watches = True
-        order,run_valid = 2000,False
-        def __init__(self, n): self.n = n
-        def after_batch(self):
-            self.n -= 1
-            if self.n==0: raise RuntimeError('died')
     def new(seed):
         set_seed(seed)
         dls = mix_dls(images(40), images(9, seed=1), ssl=images(50, seed=2)[0] if two else None, bs=8, tfms=BatchFlip(), ssl_tfms=[BatchResizedCrop(), BatchFlip()])

@@ -1,6 +1,6 @@
 "Views: operations and draws as torchvision's, sets, loaders, blends, what they cost"
 import json, time
-import numpy as np, pytest, timm, torch, torch.nn.functional as F
+import pytest, timm, torch, torch.nn.functional as F
 from PIL import Image
 from fastai.vision.all import (Callback, CategoryBlock, DataBlock, Flip, ImageBlock, Normalize, PILImageBW, RandomSplitter, Resize,
     get_image_files, parent_label, set_seed)
@@ -9,7 +9,7 @@ from torchvision.transforms import ColorJitter
 from torchvision.transforms.v2 import functional as TF
 
 from mixfast.all import (BatchBlur, BatchCrop, BatchFlip, BatchGray, BatchJitter, BatchRandAugment, BatchResizedCrop, BatchSolarize, MixBlock,
-    Objective, ViewTfms, mix_dls, mix_learner, phase_dl, valid_dl, view_pipe, view_sets, view_tfms)
+    Objective, ViewTfms, mix_dls, mix_learner, phase_dl, valid_dl, view_pipe, view_tfms)
 from mixfast.data.loader import _seeded
 from mixfast.data.views import _brightness, _contrast, _hue, _saturation
 from mixfast.objective.features import find_layout

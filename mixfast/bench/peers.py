@@ -131,8 +131,7 @@ def loss(self:_Bare, x, y):
 @patch
 def train(self:_Bare, opt, lrs):
     "Train for an epoch, at one rate of `lrs` a step"
-    for i in torch.randperm(len(self.x), device=self.dev).split(self.w.bs):
-        if len(i)<self.w.bs: break
+    for i in torch.randperm(len(self.x), device=self.dev).split(self.w.bs)[:len(self.x)//self.w.bs]:
         lr = next(lrs)
         for g in opt.param_groups: g['lr'] = lr
         self.loss(self.batch(self.x, i, paper_tfms['cifar'][0]), self.y[i]).backward()
@@ -281,17 +280,19 @@ def _lightly_sl(vit):
     return SL()
 
 # %% ../../nbs/bench/00_peers.ipynb #46fd4f75
+def _lightning_trainer(w):
+    "A function that makes Lightning's trainer, which is silent"
+    import lightning
+    logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
+    quiet = dict.fromkeys(('logger','enable_checkpointing','enable_progress_bar','enable_model_summary'), False)
+    return partial(lightning.Trainer, max_epochs=w.epochs, devices=1, precision='bf16-mixed' if w.bf16 else 32, **quiet)
+
 def lightly_fit(
     w:Work, # What to train
 ): # A function that trains. Raises `ImportError` without lightly and lightning
     "SSL, then SL, by lightly's MAE and two Lightning trainers"
-    import lightning
     from lightly.models.modules import MaskedVisionTransformerDecoderTIMM as _ # new in 1.6
-    logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
-    train,valid = _item_dls(w)
-    quiet = dict.fromkeys(('logger','enable_checkpointing','enable_progress_bar','enable_model_summary'), False)
-    precision = 'bf16-mixed' if w.bf16 else 32
-    trainer = partial(lightning.Trainer, max_epochs=w.epochs, devices=1, precision=precision, **quiet)
+    trainer,(train,valid) = _lightning_trainer(w),_item_dls(w)
     def fit():
         vit = w.vit()
         trainer().fit(_lightly_ssl(w, vit), train)

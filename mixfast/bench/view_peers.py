@@ -8,8 +8,8 @@ Docs: https://mixfast.github.io/mixfast/bench/view_peers.html.md"""
 __all__ = ['view_heads', 'ViewWork', 'view_learner', 'view_fit', 'view_hand_fit', 'view_lightly_fit']
 
 # %% ../../nbs/bench/00a_view_peers.ipynb #c2504ca2
-import logging, os
-from dataclasses import dataclass, replace
+import os
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np, timm, torch
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from fastcore.basics import patch
 from fastai.torch_core import default_device, set_seed
 
-from .peers import _cosine_lrs
+from .peers import _cosine_lrs, _lightning_trainer
 from ..data.mix import mix_dls
 from ..data.views import view_tfms
 from ..insight.machine import device_clock
@@ -197,13 +197,8 @@ def view_lightly_fit(
     w:ViewWork, # What to train
 ): # A function that trains. Raises `ImportError` without lightly and lightning
     "The same method by lightly, with a Lightning trainer"
-    import lightning
-    logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
-    ds = _Viewed(w.images(), _lightly_tfm(w))
+    trainer,ds = _lightning_trainer(w),_Viewed(w.images(), _lightly_tfm(w))
     dl = DataLoader(ds, w.bs, shuffle=True, drop_last=True, num_workers=os.cpu_count(),
                     persistent_workers=True)
-    quiet = dict.fromkeys(('logger','enable_checkpointing','enable_progress_bar','enable_model_summary'), False)
-    def fit():
-        trainer = lightning.Trainer(max_epochs=w.epochs, devices=1, precision='bf16-mixed' if w.bf16 else 32, **quiet)
-        trainer.fit(_lightly_module(w), dl)
+    def fit(): trainer().fit(_lightly_module(w), dl)
     return fit

@@ -16,9 +16,9 @@ from fastcore.basics import patch
 from fastai.callback.core import Callback
 
 from ..checks import _check_whole
-from ..data.augment import _share_of
 from ..model import MixModel
 from ..objective.features import body, evaluating
+from ..objective.patches import _share_of
 from ..phases import MixPlan
 from ..schedule import Recipe
 from ..task.core import _forward, _generators_kept, _two
@@ -71,7 +71,7 @@ def _shrunk(
     full = _longest(x)
     if full<=size: return x
     def one(o):
-        hw = [size if n==full else _share_of(size, n/full) for n in o.shape[-2:]]
+        hw = [_share_of(size, n/full) for n in o.shape[-2:]]
         return F.interpolate(o, hw, mode='bilinear', antialias=True)
     return tuple(map(one, x)) if isinstance(x, tuple) else one(x)
 

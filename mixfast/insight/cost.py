@@ -26,11 +26,11 @@ from fastai.torch_core import apply, find_device
 from ..callback.distributed import _everyones
 from ..callback.recorder import MixRecorder, _sizes
 from ..checks import _check_whole
-from ..data.augment import _share_of
 from ..data.loader import _seeded
 from ..data.mix import phase_dl
 from .machine import device_clock, peak_memory, reset_peak_memory, usable_memory
 from ..model import MixModel, phase_loss, plain_model
+from ..objective.patches import _share_of
 from ..phases import MixPlan
 
 # %% ../../nbs/insight/03_cost.ipynb #a59f11f3

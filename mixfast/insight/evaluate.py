@@ -12,7 +12,6 @@ import math
 from functools import partial
 
 import numpy as np, torch, torch.nn.functional as F
-from fastcore.basics import patch
 from fastai.learner import Learner, Metric
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -24,6 +23,7 @@ from ..checks import _check_positive, _check_whole
 from ..data.loader import MixDL
 from ..model import plain_model
 from ..objective.features import evaluating, features
+from ..objective.multiview import _spread
 
 # %% ../../nbs/insight/01_evaluate.ipynb #999f92e5
 @torch.no_grad()
@@ -130,7 +130,7 @@ def feature_spread(
     f, # Features or outputs, a row an image, float [N,D]
 )->float: # In [0,1]
     "The standard deviation of normalised features, mean of the channels, times sqrt(D) (Chen and He 2021, Section 4.1)"
-    return (F.normalize(f.float(), dim=1).std(0, correction=0).mean()*f.shape[1]**0.5).item()
+    return _spread(f).item()
 
 # %% ../../nbs/insight/01_evaluate.ipynb #16aa4d94
 class RankMe(_FeatureMetric):

@@ -21,7 +21,6 @@ from ..callback.core import ObjectiveStep, Phases, Seeds
 from ..callback.rates import _step_images
 from ..callback.distributed import _ranks
 from ..callback.owner import _mixing
-from ..data.batch import MixBatch, ViewTransform
 from ..data.loader import SeededDL
 from ..data.mix import phase_dl
 from ..learner import _check_data, _check_enough, _recipe_of

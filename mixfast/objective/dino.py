@@ -17,7 +17,7 @@ from timm.models.vision_transformer import init_weights_vit_timm
 
 from ..checks import _check_positive, _check_unit, _check_whole
 from .features import find_layout
-from .multiview import SpreadMeter, TaughtViews, Teacher, ViewFeatures, cosine_momentum, mlp_head
+from .multiview import SpreadMeter, TaughtViews, Teacher, ViewFeatures, mlp_head
 
 # %% ../../nbs/objective/06_dino.ipynb #492c10b6
 class Prototypes(nn.Module):

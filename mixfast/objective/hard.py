@@ -19,23 +19,17 @@ from fastcore.basics import patch
 from ..checks import _check_whole
 from .dino import DINO
 from .features import features, find_layout
-from .multiview import MultiView, ViewFeatures, across_views
+from .multiview import MultiView, ViewFeatures, _in_one_pass, across_views
 from .patches import _share_of
 from .siamese import BYOL, SimSiam, neg_cosine
 
 # %% ../../nbs/objective/07_hard.ipynb #504db4ee
 @patch
-def _projections(self:MultiView, feats):
-    "What `project` makes of the features of all views, [V,n,D]; unlike `projected` it notes nothing"
-    return self.project(feats.pooled().flatten(0, 1)).unflatten(0, (-1,feats.n))
-
-
-@patch
 def pair_scores(self:MultiView,
     feats:ViewFeatures, # Of V views
 )->Tensor: # float32 [V,V,n]
     "How hard each pair of views is: its negative cosine similarity"
-    z = self._projections(feats)
+    z = _in_one_pass(self.project, feats.pooled()) # unlike `projected` it notes no spread
     p = self.predicted(z) if hasattr(self, 'predict') else z
     p,z = [F.normalize(o.float(), dim=2).transpose(0, 1) for o in (p,z)]
     with torch.autocast(z.device.type, enabled=False): s = -(p @ z.mT)
@@ -47,7 +41,7 @@ def pair_scores(self:DINO,
     feats:ViewFeatures, # Of V views
 )->Tensor: # float32 [V,V,n]
     "How hard each pair of views is: its cross-entropy"
-    g = self._projections(feats).transpose(0, 1)
+    g = _in_one_pass(self.project, feats.pooled()).transpose(0, 1)
     with torch.autocast(g.device.type, enabled=False): s = -(self._says(g) @ (g/self.temp).log_softmax(2).mT)
     return (s+s.mT).permute(1,2,0)/2
 
@@ -187,10 +181,9 @@ def _targets(self:HardAugment,
     "Their projections, [V,n,D]; None where they are no targets"
     o = self.inner[0]
     if not self.extra_target: return
-    if not hasattr(o, 'teacher'): return o._projections(looked)
+    if not hasattr(o, 'teacher'): return _in_one_pass(o.project, looked.pooled())
     backbone,project = o.teacher.copies
-    z = project(looked._replace(parts=(features(backbone, small),)).pooled().flatten(0, 1))
-    return z.unflatten(0, (-1,looked.n))
+    return _in_one_pass(project, looked._replace(parts=(features(backbone, small),)).pooled())
 
 # %% ../../nbs/objective/07_hard.ipynb #1086b16f
 def _check_sizes(x):

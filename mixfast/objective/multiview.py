@@ -21,7 +21,7 @@ from timm.layers import DropPath
 
 from ..checks import _check_whole
 from .core import Objective
-from .features import Features, features, find_layout
+from .features import features
 
 # %% ../../nbs/objective/03_multiview.ipynb #206f52fe
 class ViewFeatures(NamedTuple):
@@ -67,12 +67,16 @@ class MultiView(Objective):
         return feats.parts[0].first(feats.n)
 
 # %% ../../nbs/objective/03_multiview.ipynb #61a2429b
+def _in_one_pass(head, z):
+    "What a head makes of `z` [V,n,D], all views at once"
+    return head(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+
 @patch
 def projected(self:MultiView,
     feats:ViewFeatures, # Of `encode`
 )->Tensor: # [V,n,dim]
     "The features of all views through `project`, in one pass; their spread is noted in `spread`, if there is one"
-    z = self.project(feats.pooled().flatten(0, 1)).unflatten(0, (-1,feats.n))
+    z = _in_one_pass(self.project, feats.pooled())
     if hasattr(self, 'spread'): self.spread.add(z[0])
     return z
 
@@ -82,7 +86,7 @@ def predicted(self:MultiView,
     z:Tensor, # Projections of all views, [V,n,dim]
 )->Tensor: # [V,n,dim]
     "What `predict` makes of them, in one pass"
-    return self.predict(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+    return _in_one_pass(self.predict, z)
 
 
 @patch
@@ -198,7 +202,7 @@ def taught(self:TaughtViews,
 )->Tensor: # [2,n,dim]
     "The teacher's projections of the two large views, in one pass"
     backbone,project = self.teacher.copies
-    return project(encode_views(backbone, x[:2]).pooled().flatten(0, 1)).unflatten(0, (2,-1))
+    return _in_one_pass(project, encode_views(backbone, x[:2]).pooled())
 
 # %% ../../nbs/objective/03_multiview.ipynb #daf5934e
 class _Gather(torch.autograd.Function):
@@ -224,6 +228,10 @@ def gather_with_grad(
     return _Gather.apply(z.contiguous()) if world_size>1 else z
 
 # %% ../../nbs/objective/03_multiview.ipynb #81465adb
+def _spread(z):
+    "The standard deviation of normalised rows of `z` [n,D], mean of the channels, times sqrt(D)"
+    return F.normalize(z.float(), dim=1).std(0, correction=0).mean()*z.shape[1]**0.5
+
 class SpreadMeter(nn.Module):
     "The spread of normalised outputs, averaged over the training steps since it was last read"
     def __init__(self):
@@ -235,7 +243,7 @@ class SpreadMeter(nn.Module):
     ):
         "Take in the outputs of a training step"
         if not self.training or len(z)<2: return
-        s = F.normalize(z.detach().float(), dim=1).std(0, correction=0).mean()*z.shape[1]**0.5
+        s = _spread(z.detach())
         self.sums += torch.stack([s, torch.ones_like(s)])
 
     def read(self)->float: # nan if there was no step

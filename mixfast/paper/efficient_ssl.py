@@ -10,7 +10,7 @@ __all__ = ['METHODS', 'SCALES', 'DATASETS', 'efficient_tables', 'EfficientSSL', 
 
 # %% ../../nbs/paper/06_efficient_ssl.ipynb #a87ee9c7
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np, pandas as pd, timm
@@ -25,7 +25,8 @@ from ..insight.evaluate import KNNAccuracy
 from ..learner import mix_learner
 from ..objective.choose import objectives
 from ..objective.hard import HardAugment
-from ..schedule import Recipe, get_recipe
+from .records import _rows_meant
+from ..schedule import get_recipe
 
 # %% ../../nbs/paper/06_efficient_ssl.ipynb #8cfa1ae9
 _TABLES = Path(mixfast.__file__).parent/'paper'/'efficient_ssl_tables.csv'
@@ -76,13 +77,8 @@ def efficient_settings(
     df = efficient_tables()
     df = df.assign(exp=[_efficient(r) for r in df.itertuples()])
     df['method'] = [e.method for e in df.exp]
-    for (name,v),col in zip(dict(table=table, dataset=dataset, arch=arch, methods=methods).items(),
-                            ('table','dataset','arch','method')):
-        if v is None: continue
-        v,known = list(v) if isinstance(v, (list,tuple)) else [v],sorted(set(df[col]))
-        if bad := set(v)-set(known): raise ValueError(f"{name} must be one of {known}, got {sorted(bad)}")
-        df = df[df[col].isin(v)]
-    return df
+    meant = dict(table=table, dataset=dataset, arch=arch, methods=methods)
+    return _rows_meant(df, ('table','dataset','arch','method'), meant)
 
 # %% ../../nbs/paper/06_efficient_ssl.ipynb #fc51179f
 def strategies(

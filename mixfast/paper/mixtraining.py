@@ -23,6 +23,7 @@ from ..data.mix import mix_dls
 from ..data.datasets import cifar10, cifar100, fraction, noisy_labels, tinyimagenet
 from ..insight.compare import METHODS
 from ..learner import mix_learner
+from .records import _rows_meant
 from ..schedule import Recipe, get_recipe
 
 # %% ../../nbs/paper/02_mixtraining.ipynb #c01f74be
@@ -71,12 +72,8 @@ def experiments(
     methods=None, # 'sl', 'ssl_sl', 'mix'
 )->pd.DataFrame: # The rows of `paper_tables` that are meant, with a column `exp`
     "The paper's experiments. Raises `ValueError` on what it has none of."
-    df,meant = paper_tables(),dict(table=table, dataset=dataset, model=model, p=p, methods=methods)
-    for (name,v),col in zip(meant.items(), ('table','sl_data','model','p','method')):
-        if v is None: continue
-        v,known = list(v) if isinstance(v, (list,tuple)) else [v],sorted(set(df[col]))
-        if bad := set(v)-set(known): raise ValueError(f"{name} must be one of {known}, got {sorted(bad)}")
-        df = df[df[col].isin(v)]
+    meant = dict(table=table, dataset=dataset, model=model, p=p, methods=methods)
+    df = _rows_meant(paper_tables(), ('table','sl_data','model','p','method'), meant)
     return df.assign(exp=[_experiment(r) for r in df.itertuples()])
 
 # %% ../../nbs/paper/02_mixtraining.ipynb #100a93e3

@@ -163,3 +163,17 @@ def add_paper(
     "Make a paper known to the commands"
     PAPERS[paper.name] = paper
     return paper
+
+# %% ../../nbs/paper/00_records.ipynb #28bd5b3d
+def _rows_meant(
+    df, # A frame
+    cols, # Columns, as many as arguments
+    meant:dict, # By argument what its column is to have: a value, or several; None: any
+):
+    "The rows that arguments mean. Raises `ValueError` on what no row has."
+    for (name,v),col in zip(meant.items(), cols):
+        if v is None: continue
+        v,known = list(v) if isinstance(v, (list,tuple)) else [v],sorted(set(df[col]))
+        if bad := set(v)-set(known): raise ValueError(f"{name} must be one of {known}, got {sorted(bad)}")
+        df = df[df[col].isin(v)]
+    return df

@@ -19,7 +19,7 @@ from fastai.callback.core import Callback, CancelValidException
 
 from ..insight.cost import _device, _steps
 from ..insight.machine import device_clock, device_name, package_versions, peak_memory, source_commit
-from ..insight.parallel import _line, _looked_at, _n_jobs
+from ..insight.parallel import _looked_at, _n_jobs
 from .records import missing_runs, run_missing
 
 # %% ../../nbs/paper/01a_running.ipynb #36e61b4f

@@ -17,7 +17,6 @@ import numpy as np, torch
 from PIL import Image
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastai.losses import CrossEntropyLossFlat
 from torchvision.transforms.v2 import functional as TF
 
 from .cache import _decode_image, _fit_image

@@ -21,7 +21,7 @@ from timm.layers import DropPath
 
 from ..checks import _check_whole
 from .core import Objective
-from .features import features
+from .features import Features, features
 
 # %% ../../nbs/objective/03_multiview.ipynb #206f52fe
 class ViewFeatures(NamedTuple):

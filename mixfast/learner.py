@@ -13,7 +13,7 @@ from functools import partial
 from itertools import count
 from numbers import Integral
 
-import timm, torch
+import torch
 from torch import nn
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -25,6 +25,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import trainable_params
 import fastai.callback.progress # fastai's progress bar
 
+from .backbone import _create_backbone
 from .callback.checkpoint import Checkpoint, _checkpointing
 from .callback.collapse import CollapseWatch
 from .callback.core import ObjectiveStep, Phases, Seeds
@@ -182,42 +183,6 @@ def fit_ssl(self:Learner,
 ):
     "Self-supervised training alone, also on images without labels"
     self.fit_mixtraining(e_ssl, 0, rho=0, **kwargs)
-
-# %% ../nbs/04_learner.ipynb #4d8f3217
-def _check_arch(arch, kwargs):
-    "Raise `ValueError` or `TypeError` unless `arch`, a name or a model, goes with arguments for `timm.create_model`"
-    if not isinstance(arch, str):
-        extra = [k for k,v in kwargs.items() if v is not None and k!='num_classes']
-        if extra: raise TypeError(f"{extra} are for timm.create_model: pass the name of a model, or leave them out")
-        return
-    if not timm.is_model(arch):
-        raise ValueError(f"arch must be the name of a timm model (timm.list_models), got {arch!r}")
-    if isinstance(kwargs.get('patch_size'), bool):
-        raise TypeError(f"patch_size must be a whole number of pixels, got {kwargs['patch_size']}")
-
-# %% ../nbs/04_learner.ipynb #acbfff4b
-_any_size = 'vision_transformer','deit','eva','swin_transformer','swin_transformer_v2' # if timm is told to
-
-def _timm_args(arch, x, kwargs):
-    "Arguments for `timm.create_model`: what images like `x` ask for, and `kwargs`, which go first"
-    fixed = getattr(timm.get_pretrained_cfg(arch), 'fixed_input_size', False)
-    kwargs = {k:v for k,v in kwargs.items() if v is not None and (fixed or k!='img_size')}
-    size = dict(img_size=tuple(x.shape[-2:])) if fixed else {}
-    if timm.models.is_model_in_modules(arch, _any_size): size['dynamic_img_size'] = True
-    return {'in_chans':x.shape[1], **size, **kwargs}
-
-# %% ../nbs/04_learner.ipynb #cab2e3e8
-def _create_backbone(
-    arch, # Name of a timm model, or a model
-    x, # Images like those to come, float [B,C,H,W]
-    **kwargs # For `timm.create_model`
-)->nn.Module:
-    "The timm model `arch` for images like `x`. Raises `ValueError` or `TypeError` where there is none."
-    _check_arch(arch, kwargs)
-    if not isinstance(arch, str): return arch
-    kwargs = _timm_args(arch, x, kwargs)
-    try: return timm.create_model(arch, **kwargs)
-    except Exception as e: raise ValueError(f"timm cannot build {arch} from {kwargs}: {e}") from e
 
 # %% ../nbs/04_learner.ipynb #49ae86fc
 def _accept_old_name(model):

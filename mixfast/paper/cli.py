@@ -13,7 +13,7 @@ import argparse, sys
 import matplotlib.pyplot as plt
 
 from .records import PAPERS, missing_runs
-import mixfast.paper.diminishing_results, mixfast.paper.efficient_results, mixfast.paper.mixtraining_results # make their papers known
+from . import diminishing_results, efficient_results, mixtraining_results # make their papers known
 
 # %% ../../nbs/paper/05_cli.ipynb #dd4ea224
 def _paper_arg():

@@ -63,7 +63,8 @@ def model_card(self:MixRecorder)->str: # Markdown, with the header that the Hugg
     "What the last fit was, and its results"
     m = body(plain_model(self.learn))
     name = m.pretrained_cfg.get('architecture', type(m).__name__)
-    head = '---\nlibrary_name: timm\ntags:\n- image-classification\n- timm\n- mixfast\n---\n'
+    kind = 'classification' if m.num_classes else 'feature-extraction'
+    head = f'---\nlibrary_name: timm\ntags:\n- image-{kind}\n- timm\n- mixfast\n---\n'
     text = [f'{head}# {name}, trained by mixfast', 'From scratch, self-supervised and supervised in one fit '
             '([MixTraining](https://arxiv.org/abs/2502.19513)).', *_what_was_done(self)]
     use = "import timm\nmodel = timm.create_model('local-dir:FOLDER', pretrained=True)"

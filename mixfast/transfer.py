@@ -31,7 +31,7 @@ def _copied(learn, x):
     if not hasattr(m, 'reset_classifier'): raise TypeError(f"transfer needs a timm model, got a {type(m).__name__}")
     conv = next((o for o in m.modules() if isinstance(o, nn.Conv2d)), None)
     if conv is not None and conv.in_channels!=x.shape[1]:
-        raise ValueError(f"the backbone takes images of {conv.in_channels} channels, dls have {x.shape[1]}: make them alike")
+        raise ValueError(f"dls must have images of {conv.in_channels} channels, like the backbone, got {x.shape[1]}")
     if getattr(getattr(m, 'patch_embed', None), 'img_size', None) not in (None,size): m.set_input_size(img_size=size)
     return m
 

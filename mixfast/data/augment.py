@@ -30,7 +30,11 @@ class BatchCrop:
     __repr__ = basic_repr('pad')
 
     def __call__(self, x): return self.both(x)[0]
-    def both(self, x, *masks):
+    def both(self,
+        x, # Images, uint8 or float [B,C,H,W]
+        *masks, # uint8 [B,H,W] each
+    )->tuple: # Images and masks
+        "Images and masks, moved alike"
         (b,_,h,w),p = x.shape,self.pad
         i,j = torch.randint(2*p+1, (2,b)).to(x.device, non_blocking=True)
         def cut(o, fill=0):
@@ -49,7 +53,11 @@ class BatchFlip:
     __repr__ = basic_repr('p')
 
     def __call__(self, x): return self.both(x)[0]
-    def both(self, x, *masks):
+    def both(self,
+        x, # Images, uint8 or float [B,C,H,W]
+        *masks, # uint8 [B,H,W] each
+    )->tuple: # Images and masks
+        "Images and masks, moved alike"
         coin = (torch.rand(len(x)) < self.p).to(x.device, non_blocking=True)
         return tuple(torch.where(coin.view(-1, *[1]*(o.ndim-1)), o.flip(-1), o) for o in (x,*masks))
 
@@ -143,7 +151,11 @@ def __repr__(self:BatchResizedCrop):
 def __call__(self:BatchResizedCrop, x): return self.both(x)[0]
 
 @patch
-def both(self:BatchResizedCrop, x, *masks):
+def both(self:BatchResizedCrop,
+    x, # Images, uint8 or float [B,C,H,W]
+    *masks, # uint8 [B,H,W] each
+)->tuple: # Images and masks
+    "Images and masks, moved alike"
     hw = x.shape[-2:] if self.size is None else (self.size,self.size)
     boxes = _random_boxes(len(x), *x.shape[-2:], self.scale, self.ratio)
     size = [_share_of(n, self.share) for n in hw]
@@ -216,7 +228,8 @@ def _check_masks_move(
 ):
     "Raise `ValueError` if one of `tfms` moves pixels, but not those of masks"
     bad = next((t for t in tfms if isinstance(t, BatchRandAugment)), None)
-    if bad is not None: raise ValueError(f"{name}: {bad!r} moves pixels of images, but not those of masks: leave it out")
+    if bad is None: return
+    raise ValueError(f"{name}: {bad!r} moves pixels of images, but not those of masks: leave it out")
 
 # %% ../../nbs/data/00_augment.ipynb #bfad0f07
 paper_tfms = dict(

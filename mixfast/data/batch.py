@@ -12,7 +12,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, TensorMask
-from fasttransform import ItemTransform, Transform
+from fasttransform import ItemTransform
 
 from .augment import _augmented
 from .views import ViewTfms
@@ -36,7 +36,8 @@ class MixBatch(ItemTransform):
         x,*y = b
         im = TensorImageBW if x.shape[1]==1 else TensorImage
         mean,std = self.mean.to(x.device),self.std.to(x.device) # what is decoded may have come to the CPU
-        return (im(((x*std+mean)/255).clamp(0,1)), *[TensorMask(o) if o.ndim>2 else TensorCategory(o) for o in y])
+        def kind(o): return TensorMask if o.ndim>2 and not o.is_floating_point() else TensorCategory
+        return (im(((x*std+mean)/255).clamp(0,1)), *[kind(o)(o) for o in y])
 
 # %% ../../nbs/data/02b_batch.ipynb #b3895d45
 @patch
@@ -56,12 +57,14 @@ def view(self:MixBatch,
 @patch
 def _moved(self:MixBatch, x, *masks):
     "Images and masks as the augmentations make them"
-    for t in self.tfms: x,*masks = _augmented(t, x, *masks, **(dict(i=self.view_idx) if isinstance(t, ViewTfms) else {}))
+    for t in self.tfms:
+        i = dict(i=self.view_idx) if isinstance(t, ViewTfms) else {}
+        x,*masks = _augmented(t, x, *masks, **i)
     return x, *masks
 
 # %% ../../nbs/data/02b_batch.ipynb #9f65a180
-class ViewTransform(Transform):
-    "`ViewTfms` as a transform of fastai's batches of images, float in [0,1]"
+class ViewTransform(ItemTransform):
+    "`ViewTfms` as a transform of fastai's batches, images float in [0,1] and their masks"
     order,split_idx,view_idx = 50,0,0 # after fastai's augmentations, before `Normalize`; the number of the view
     def __init__(self,
         tfms, # `ViewTfms`
@@ -69,6 +72,10 @@ class ViewTransform(Transform):
         super().__init__()
         self.tfms = tfms
 
-    def encodes(self, x:TensorImage):
-        y = self.tfms(x.as_subclass(torch.Tensor)*255, self.view_idx)
-        return y.div_(255).as_subclass(type(x))
+    def encodes(self, b):
+        x,*y = b
+        is_mask = [isinstance(o, TensorMask) for o in y]
+        masks = [o.as_subclass(torch.Tensor) for o,m in zip(y, is_mask) if m]
+        v,*moved = self.tfms.both(x.as_subclass(torch.Tensor)*255, *masks, i=self.view_idx)
+        y = [moved.pop(0).as_subclass(TensorMask) if m else o for o,m in zip(y, is_mask)]
+        return (v.div_(255).as_subclass(type(x)), *y)

@@ -34,10 +34,10 @@ def _fit_image(
     size:tuple, # Height and width, pixels
     mode:str='RGB', # Pillow's: 'RGB' or 'L'; or 'P', a mask of class numbers
 )->np.ndarray: # uint8 [H,W] or [H,W,3]
-    "The middle of `im`, resized: bicubic, antialiased; a mask to the nearest pixel. Raises `ValueError` on other pixels."
+    "The middle of `im`, resized: bicubic, antialiased; a mask to the nearest. Raises `ValueError` on other pixels."
     _check_depth(im)
     if mode=='P' and im.mode not in ('1','L','P'):
-        raise ValueError(f"it is an image of colours (mode {im.mode}), and no mask: give each colour its class number first")
+        raise ValueError(f"it is an image of colours ({im.mode}), no mask: give each colour its class number first")
     if mode!='P': im = im.convert(mode)
     how = dict(method=Image.Resampling.NEAREST) if mode=='P' else {}
     return np.asarray(im if im.size==size[::-1] else ImageOps.fit(im, size[::-1], **how), np.uint8)

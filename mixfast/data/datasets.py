@@ -227,16 +227,18 @@ def image_folder(
 
 # %% ../../nbs/data/07_datasets.ipynb #c033d810
 def intel_scenes(
-    path, # Folder of the archive: seg_train/ and seg_test/, in which class folders lie, perhaps in a folder of the same name
+    path, # Folder of the archive: seg_train/ and seg_test/ with class folders, perhaps in a folder of the same name
     size:int=96, # Height and width, pixels
     cache=None, # Of decoded images, see `load_files`
 )->ImageData: # 14,034 and 3,000 images [size,size,3]
     "Intel Image Classification. Raises `FileNotFoundError` or `ValueError` if files are missing or damaged."
     path = Path(path).expanduser()
-    def root(s): return next((o for p in (path, path/'intel-image-classification') for o in (p/s/s, p/s) if o.is_dir()), None)
+    def root(s):
+        return next((o for p in (path, path/'intel-image-classification') for o in (p/s/s, p/s) if o.is_dir()), None)
     roots = [root(s) for s in ('seg_train','seg_test')]
-    if None in roots: raise FileNotFoundError(f"no Intel scenes in {path}: expected seg_train/ and seg_test/ with a folder of "
-                                              "images for each class (Kaggle's puneet6060/intel-image-classification)")
+    if None in roots: raise FileNotFoundError(
+        f"no Intel scenes in {path}: expected seg_train/ and seg_test/ with a folder of images for each class (of "
+        "Kaggle's puneet6060/intel-image-classification)")
     files = [_images(o) for o in roots]
     is_valid,files = np.repeat([False,True], [len(o) for o in files]),sum(files, [])
     return from_files(files, [_folder(f) for f in files], is_valid, size=size, cache=cache)

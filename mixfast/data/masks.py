@@ -23,8 +23,8 @@ def _check_sizes(images, masks):
         try:
             with Image.open(f) as a, Image.open(m) as b: sizes = a.size,b.size
         except Exception: continue # `load_files` says more
-        if sizes[0]!=sizes[1]: raise ValueError(f"{m} has {sizes[1][0]}x{sizes[1][1]} pixels, its image {f} {sizes[0][0]}x"
-                                                f"{sizes[0][1]}: masks must be as large as their images")
+        a,b = [f'{w}x{h}' for w,h in sizes]
+        if a!=b: raise ValueError(f"{m} has {b} pixels, its image {f} {a}: masks must be as large as their images")
 
 def load_masks(
     images:list, # Paths
@@ -34,7 +34,8 @@ def load_masks(
     **kwargs # For `load_files`: `cache`, `n_workers`, `bar`
 )->tuple: # Images uint8 [n,H,W,3]; masks uint8 [n,H,W]; their places in `images`, int64 [n]
     "Images and their masks. Raises `ValueError` where they cannot be read, or do not fit one another."
-    if len(images)!=len(masks): raise ValueError(f"there must be a mask for each of {len(images)} images, got {len(masks)}")
+    if len(images)!=len(masks):
+        raise ValueError(f"masks must be as many as the {len(images)} images, got {len(masks)}")
     _check_sizes(images, masks)
     (x,i),(y,j) = [load_files(o, size, m, skip_bad, **kwargs) for o,m in ((images,'RGB'), (masks,'P'))]
     both = np.intersect1d(i, j)
@@ -48,8 +49,8 @@ def _pairs(images, masks, label):
     if not files: raise FileNotFoundError(f"no images in {images}")
     res = [Path(masks)/label(Path(f)) for f in files]
     missing = next(((f,m) for f,m in zip(files, res) if not m.exists()), None)
-    if missing: raise FileNotFoundError(f"{missing[0]} has no mask, {missing[1]} is missing: masks have the names of their images, "
-                                        "or pass label, a function of the path of an image")
+    if missing: raise FileNotFoundError(f"{missing[0]} has no mask, {missing[1]} is missing: masks have the names of "
+                                        "their images, or pass label, a function of the path of an image")
     return files, list(map(str, res))
 
 def mask_folder(
@@ -76,7 +77,8 @@ _PETS_URL = 'https://www.robots.ox.ac.uk/~vgg/data/pets/'
 def _pets_split(root, name):
     "Names of images and numbers of breeds, from 0 up, of a split"
     f = root/'annotations'/f'{name}.txt'
-    if not f.exists(): raise FileNotFoundError(f"{f} is missing: unpack images.tar.gz and annotations.tar.gz of {_PETS_URL}")
+    if not f.exists():
+        raise FileNotFoundError(f"{f} is missing: unpack images.tar.gz and annotations.tar.gz of {_PETS_URL}")
     rows = [l.split() for l in f.read_text().splitlines() if l.strip() and not l.startswith('#')]
     return [r[0] for r in rows], np.array([int(r[1])-1 for r in rows])
 
@@ -87,7 +89,8 @@ def oxford_pets(
     **kwargs # For `load_masks`
 )->ImageData: # 3,680 and 3,669 images [size,size,3]
     "Oxford-IIIT Pets, the official split. Raises `FileNotFoundError` or `ValueError` if files are missing or damaged."
-    if targets not in ('mask','breed','both'): raise ValueError(f"targets must be 'mask', 'breed' or 'both', got {targets!r}")
+    if targets not in ('mask','breed','both'):
+        raise ValueError(f"targets must be 'mask', 'breed' or 'both', got {targets!r}")
     path = Path(path).expanduser()
     root = path if (path/'annotations').is_dir() else path/'oxford-iiit-pet'
     splits = [_pets_split(root, s) for s in ('trainval','test')]

@@ -153,7 +153,8 @@ def unlabelled(self:ImageStore)->ImageStore:
 def new_empty(self:ImageStore)->ImageStore:
     "A store of the same kind without any images, which does not hold on to them either"
     res = copy(self)
-    res.x,res.targets = self.x.new_empty((0,*self.x.shape[1:]), device='cpu'),{k: t.empty() for k,t in self.targets.items()}
+    res.x = self.x.new_empty((0,*self.x.shape[1:]), device='cpu')
+    res.targets = {k: t.empty() for k,t in self.targets.items()}
     return res
 
 

@@ -32,16 +32,16 @@ def _check_labels(y, n, c, name='y', least=0)->torch.Tensor:
     if n and y.dtype.kind not in 'iu':
         hint = "use np.unique(y, return_inverse=True)" + "; for numbers to predict, y[:,None]"*(y.dtype.kind=='f')
         raise TypeError(f"{name} must be whole class numbers, got {y.dtype}: {hint}")
-    if n and not least<=y.min()<=y.max()<c:
-        raise ValueError(f"{name} must lie in {least}..{c-1} for {c} classes, got {y.min()}..{y.max()}: pass all in vocab")
+    if n and not least<=y.min()<=y.max()<c: raise ValueError(
+        f"{name} must lie in {least}..{c-1} for {c} classes, got {y.min()}..{y.max()}: pass all in vocab")
     return torch.from_numpy(y.astype(np.int64))
 
 # %% ../../nbs/data/01a_targets.ipynb #810de41b
 def _check_numbers(a, n, c, name='y')->torch.Tensor:
-    "Several labels bool [N,K], or numbers float32 [N,K,...]. Raises `ValueError` or `TypeError` if they are something else."
+    "Several labels bool [N,K], or numbers float32 [N,K,...]. Raises `ValueError` or `TypeError` on something else."
     if a.dtype.kind not in 'bf' or a.dtype.kind=='b' and a.ndim>2: raise TypeError(
-        f"{name} must be class numbers [N], bool [N,K] for several labels, float [N,K] for numbers or uint8 [N,H,W] for "
-        f"masks, got {a.dtype} {list(a.shape)}")
+        f"{name} must be class numbers [N], bool [N,K] for several labels, float [N,K] for numbers or uint8 [N,H,W] "
+        f"for masks, got {a.dtype} {list(a.shape)}")
     if (c or a.dtype.kind=='b') and a.shape[1]!=c:
         raise ValueError(f"{name} must have a column for each of {c} classes, got shape {list(a.shape)}")
     if not np.isfinite(a).all(): raise ValueError(f"{name} must be finite numbers")
@@ -58,8 +58,8 @@ def _check_masks(a, n, c, name='y', size=None)->torch.Tensor:
     found = found[found!=255]
     if len(a) and not len(found): raise ValueError(f"{name}: no pixel of the masks counts, all are 255")
     if len(found) and not 0<=found[0]<=found[-1]<c: raise ValueError(
-        f"{name} must have values 0..{c-1} for {c} classes, or 255 where pixels do not count, got {found[found>=c][:5].tolist()}"
-        ": pass all in vocab, or give the classes numbers from 0 up")
+        f"{name} must have values 0..{c-1} for {c} classes, or 255 where pixels do not count, got "
+        f"{found[found>=c][:5].tolist()}: pass all in vocab, or give the classes numbers from 0 up")
     return torch.from_numpy(np.ascontiguousarray(a, np.uint8))
 
 # %% ../../nbs/data/01a_targets.ipynb #a634d7da
@@ -99,7 +99,8 @@ def loss_func(self:Target):
     "The loss for such targets. Those of floats with class names are soft labels."
     if self.kind=='several': return BCEWithLogitsLossFlat()
     if self.kind=='mask': return CrossEntropyLossFlat(axis=1, ignore_index=255)
-    return MSELossFlat() if self.kind=='numbers' and not self.vocab else CrossEntropyLossFlat(flatten=self.kind=='class')
+    if self.kind=='numbers' and not self.vocab: return MSELossFlat()
+    return CrossEntropyLossFlat(flatten=self.kind=='class')
 
 # %% ../../nbs/data/01a_targets.ipynb #2c28261a
 @patch

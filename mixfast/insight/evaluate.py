@@ -26,10 +26,14 @@ from ..objective.features import evaluating, features
 from ..objective.multiview import _spread
 
 # %% ../../nbs/insight/01_evaluate.ipynb #999f92e5
+def _class_numbers(y):
+    "The class numbers among the targets of a batch, in a list; other targets if there are no such"
+    return [o for o in y if o.ndim<2 and not o.is_floating_point()][:1] or y[-1:]
+
 @torch.no_grad()
 def embed(
     learn:Learner, # Its model is a timm model or `Sequential(body, head)`; within a fit or outside
-    dl, # A loader of images, of any size that the model takes; of several views the first counts
+    dl, # A loader of images, of any size that the model takes; of several views, or class numbers, the first counts
 )->tuple: # Features float32 [N,D]; class numbers int64 [N], or None if there are no labels; on the model's device
     "The mean feature of each image of `dl`, in evaluation mode. Raises `TypeError` for models without features."
     m,res = plain_model(learn),[]
@@ -38,7 +42,7 @@ def embed(
     with evaluating(m):
         for x,*y in dl:
             x = tensor(x[0] if isinstance(x, (tuple,list)) else x)
-            o = features(m, x).tokens().mean(1).float(), *map(tensor, y[-1:])
+            o = features(m, x).tokens().mean(1).float(), *map(tensor, _class_numbers(y))
             res.append(dl.to_detach(o, cpu=False) if hasattr(dl, 'to_detach') else o) # of all processes
     f,*y = [torch.cat(o) for o in zip(*res)]
     return f, *(y or [None])
@@ -94,6 +98,12 @@ class _FeatureMetric(Metric):
         return dl.source if getattr(dl, 'views', 1)>1 else dl
 
 # %% ../../nbs/insight/01_evaluate.ipynb #aca8bd77
+def _labelled(f, y):
+    "Features and class numbers of the images that have one. Raises `ValueError` for other targets."
+    if y.ndim>1 or y.is_floating_point(): raise ValueError(
+        f"features are judged by one class number for each image, the targets are {y.dtype} {list(y.shape)}")
+    return f[y>=0], y[y>=0]
+
 class KNNAccuracy(_FeatureMetric):
     "Accuracy of the nearest labelled neighbours by features alone: the SSL phase's metric"
     name,needs_labels = 'knn_accuracy',True
@@ -112,8 +122,8 @@ class KNNAccuracy(_FeatureMetric):
         "The accuracy in [0,1]; nan where it is not asked for"
         learn,dl = self.learn,self._asked
         if dl is None: return math.nan
-        (bank,y),(q,yq) = embed(learn, _bank_dl(learn, self.n)),embed(learn, dl)
-        return (knn_predict(bank, y, q, max(learn.dls.c, 1), self.k, self.t)==yq).float().mean()
+        (bank,y),(q,yq) = [_labelled(*embed(learn, o)) for o in (_bank_dl(learn, self.n),dl)]
+        return (knn_predict(bank, y, q, int(y.max())+1, self.k, self.t)==yq).float().mean()
 
 # %% ../../nbs/insight/01_evaluate.ipynb #2b90f757
 def rank_me(
@@ -204,6 +214,6 @@ def linear_probe(
     if by not in (None,'sklearn','sgd'): raise ValueError(f"by must be 'sklearn', 'sgd' or None, got {by!r}")
     if n is not None: _check_whole(2, n=n)
     if not len(learn.dls.valid): raise ValueError("there are no validation images to probe on")
-    (f,y),(fv,yv) = [embed(learn, dl) for dl in (_bank_dl(learn, n), learn.dls.valid)]
+    (f,y),(fv,yv) = [_labelled(*embed(learn, dl)) for dl in (_bank_dl(learn, n), learn.dls.valid)]
     probe = _sgd_probe if by=='sgd' or by is None and len(f)>50_000 else _sklearn_probe
     return probe(f, y, fv, yv, C)

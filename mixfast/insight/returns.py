@@ -33,7 +33,8 @@ def measure_returns(
     _n_jobs(jobs, len(runs))
     def one(n, seed): return dict(n=n, seed=seed, score=float(score(n, seed)))
     def said(r): return f"{r['n']} images, seed {r['seed']}: {r['score']:.3f}"
-    return pd.DataFrame(_watched(_in_processes(one, runs, jobs), len(runs), said)).sort_values(['n','seed'], ignore_index=True)
+    res = pd.DataFrame(_watched(_in_processes(one, runs, jobs), len(runs), said))
+    return res.sort_values(['n','seed'], ignore_index=True)
 
 # %% ../../nbs/insight/07_returns.ipynb #993addcd
 @dataclass(frozen=True, repr=False)

@@ -47,7 +47,7 @@ class Features(NamedTuple):
     "What one pass of a backbone gives"
     t:Tensor      # As the backbone's own head reads it: tokens [B,N,D], or a map [B,D,h,w] or [B,h,w,D]
     layout:Layout # Where each feature lies
-    maps:tuple=() # Where the model's heads read more: the images, and maps of the backbone from fine to coarse, [B,D,h,w]
+    maps:tuple=() # Where the model's heads read more: the images, and the backbone's maps, fine to coarse, [B,D,h,w]
 
     def tokens(self)->Tensor:
         "Features that have a place, [B,h*w,D]"

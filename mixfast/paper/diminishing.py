@@ -1,4 +1,4 @@
-"""Diminishing returns: how many images without labels, how many masks, and does a step in between help? The settings of a grid
+"""Diminishing returns: how many images without labels, how many masks, does a step in between help? A grid's settings
 
 Docs: https://mixfast.github.io/mixfast/paper/diminishing.html.md"""
 
@@ -44,8 +44,8 @@ class Diminishing:
 
 # %% ../../nbs/paper/09_diminishing.ipynb #a2ddca17
 SCALES = dict( # Pixels; images; epochs of the three steps; images of scenes (None: all), of a batch, and to test on
-    paper = dict(px=128, n=(0,22_500,45_000,100_000,200_000), n_sl=(750,1500,3000,6000), e_ssl=100, e_scenes=200, e_sl=100,
-                 scenes=None, bs=64, test=1000, model={}),
+    paper = dict(px=128, n=(0,22_500,45_000,100_000,200_000), n_sl=(750,1500,3000,6000), e_ssl=100, e_scenes=200,
+                 e_sl=100, scenes=None, bs=64, test=1000, model={}),
     small = dict(px=64, n=(0,2000,10_000), n_sl=(100,300,1000), e_ssl=15, e_scenes=8, e_sl=40,
                  scenes=None, bs=32, test=1000, model=dict(patch_size=8, embed_dim=96, depth=6, num_heads=3)),
     tiny  = dict(px=32, n=(0,16), n_sl=(16,32), e_ssl=2, e_scenes=1, e_sl=2,
@@ -81,7 +81,7 @@ def describe(
 
 # %% ../../nbs/paper/09_diminishing.ipynb #28a8e038
 def _pool(path, px, n):
-    "`n` images without labels, always the same, and those of a smaller `n` among them. Raises `FileNotFoundError` or `ValueError`."
+    "`n` images, always the same, those of a smaller `n` among them. Raises `FileNotFoundError` or `ValueError`."
     roots = [Path(path).expanduser()/o/'train' for o in ('imagenet','tiny-imagenet-200')]
     root = next((o for o in roots if o.is_dir()), None)
     if root is None: raise FileNotFoundError(f"no images without labels: expected {roots[0]} or {roots[1]}")
@@ -175,7 +175,7 @@ def new_backbone(
     return timm.create_model('vit_5m', img_size=s['px'], num_classes=0, **s['model'])
 
 def _recipe(lr, wd, ssl_lr=4e-3):
-    return Recipe(Hypers(ssl_lr, warmup=0.1, betas=(0.9,0.999), wd=0.05), Hypers(lr, warmup=0.1, betas=(0.9,0.999), wd=wd))
+    return Recipe(*[Hypers(l, warmup=0.1, betas=(0.9,0.999), wd=w) for l,w in ((ssl_lr,0.05), (lr,wd))])
 
 RECIPES = dict(ssl=_recipe(4e-3, 0.05), scenes=_recipe(3.2e-3, 0.), masks=_recipe(8e-3, 1e-4)) # By step
 

@@ -24,14 +24,14 @@ from .report import Section, save_report
 # %% ../../nbs/paper/11_diminishing_results.ipynb #88bc1bb6
 def diminishing_results(
     records:list, # Of `read_records`
-)->pd.DataFrame: # A row a run: way, n, n_sl, seed, scale, miou, image_iou, pixel_accuracy (in per cent), petaflop, seconds
+)->pd.DataFrame: # Runs: way, n, n_sl, seed, scale; miou, image_iou, pixel_accuracy in per cent; petaflop, seconds
     "What runs came to. Raises `ValueError` if there are none."
     if not records: raise ValueError("there are no records: run mixfast-reproduce --paper diminishing")
     runs = {record_id(r, Diminishing): r for r in records}.values() # a run that was done twice counts once
     rows = [r['exp'] | {k: r[k] for k in ('seed','scale','petaflop','seconds')}
             | {k: 100*r[k] for k in ('miou','image_iou','pixel_accuracy')} for r in runs]
-    df = pd.DataFrame(rows)
-    return df.assign(o=df.way.map(list(WAYS).index)).sort_values(['scale','o','n','n_sl','seed'], ignore_index=True).drop(columns='o')
+    df = pd.DataFrame(rows).astype(dict(way=pd.CategoricalDtype(list(WAYS)))) # in this order
+    return df.sort_values(['scale','way','n','n_sl','seed'], ignore_index=True).astype(dict(way=str))
 
 # %% ../../nbs/paper/11_diminishing_results.ipynb #73d147a2
 def _mean_se(s):
@@ -76,8 +76,8 @@ def way_differences(
     "One way less another, by pairs of runs"
     k = ['n','n_sl','seed']
     a,b = [res[res.way==o].set_index(k).miou for o in (way,than)]
-    d = (a-b).dropna().groupby(['n','n_sl']).agg([_mean_se, len])
-    return pd.DataFrame(dict(mean=[o[0] for o in d._mean_se], se=[o[1] for o in d._mean_se], runs=d['len'].values), d.index).reset_index()
+    g = (a-b).dropna().groupby(['n','n_sl'])
+    return pd.DataFrame(dict(mean=g.mean(), se=g.sem(), runs=g.size())).reset_index()
 
 def plot_differences(
     res:pd.DataFrame, # Rows of one scale of `diminishing_results`
@@ -93,7 +93,8 @@ def plot_differences(
         shift = 1.04**(i-(len(sizes)-1)/2) # side by side
         ax.errorbar(g.n_sl*shift, g['mean'], yerr=g.se, fmt='o', capsize=3, label=f'{n:,} images')
     ax.axhline(0, color='grey', lw=1)
-    _finish(ax, xlabel='masks', ylabel='difference in mIoU, points', title=f'{WAYS[way]}\nless: {WAYS[than]}', xscale='log').legend(fontsize=8)
+    title = f'{WAYS[way]}\nless: {WAYS[than]}'
+    _finish(ax, xlabel='masks', ylabel='difference in mIoU, points', title=title, xscale='log').legend(fontsize=8)
     return ax
 
 # %% ../../nbs/paper/11_diminishing_results.ipynb #38d65213
@@ -114,11 +115,12 @@ def _doubled(res):
         law = returns_by(res, by)
         if law is None: continue
         n,(gain,lo,hi) = law.runs.n.max(),law.doubling()
-        yield {'what': f'{2*n:,} {what} in place of {n:,}', 'mIoU, points': f'{gain:+.1f}', 'in 9 of 10 laws': f'{lo:+.1f} to {hi:+.1f}'}
+        yield {'what': f'{2*n:,} {what} in place of {n:,}', 'mIoU, points': f'{gain:+.1f}',
+               'in 9 of 10 laws': f'{lo:+.1f} to {hi:+.1f}'}
 
 # %% ../../nbs/paper/11_diminishing_results.ipynb #05ee5f0d
-_WHAT = ("Means ± standard errors of mIoU over the whole test split, in per cent. The paper's own figure is a mean over images in which an "
-         "absent class counts 0: `image_iou` in the records.")
+_WHAT = ("Means ± standard errors of mIoU over the whole test split, in per cent. The paper's own figure is a mean "
+         "over images in which an absent class counts 0: `image_iou` in the records.")
 
 def _picture(out, scale, e, ax):
     "Draw what a run has kept"
@@ -138,14 +140,16 @@ _PAIRS = ('scenes','direct'), ('mix','direct'), ('mix_scenes','mix'), ('mix_scen
 
 def _differences_table(d):
     "For the report"
-    return pd.DataFrame({'images': d.n, 'masks': d.n_sl, 'points': [f'{m:+.2f} ± {s:.2f}' for m,s in zip(d['mean'], d.se)], 'runs': d.runs})
+    points = [f'{m:+.2f} ± {s:.2f}' for m,s in zip(d['mean'], d.se)]
+    return pd.DataFrame({'images': d.n, 'masks': d.n_sl, 'points': points, 'runs': d.runs})
 
 def _sections(out, res):
     "The report"
     yield Section('', _WHAT)
     for scale,g in res.groupby('scale', sort=False):
         s = check_scale(scale)
-        yield Section(f'Scale {scale}', f"{s['px']} pixels, {s['e_ssl']}, {s['e_scenes']} and {s['e_sl']} epochs.", grid_table(g))
+        epochs = f"{s['px']} pixels, {s['e_ssl']}, {s['e_scenes']} and {s['e_sl']} epochs."
+        yield Section(f'Scale {scale}', epochs, grid_table(g))
         for way in g.way.unique(): yield Section(draw=partial(plot_grid, g, way=way))
         for way,than in _PAIRS:
             d = way_differences(g, way, than) if {way,than} <= set(g.way) else []
@@ -153,7 +157,7 @@ def _sections(out, res):
             yield Section(f'{WAYS[way]}, less: {WAYS[than]}', '', _differences_table(d))
             yield Section(draw=partial(plot_differences, g, way=way, than=than))
         doubled = pd.DataFrame(_doubled(g))
-        if len(doubled): yield Section('Twice as many', 'By a law of diminishing returns that is fitted to the runs.', doubled)
+        if len(doubled): yield Section('Twice as many', 'By a law of diminishing returns, fitted to the runs.', doubled)
         pictures = list(_pictures(out, scale, g))
         if pictures: yield Section('Images, their masks, and what was predicted', 'Of the first seed.')
         yield from pictures
@@ -163,14 +167,17 @@ def write_report(
     table=None, # The paper has no tables
 )->Path: # report.md
     "Write the report of all records in a folder. Raises `ValueError` if there are none, or a table is asked for."
-    if table is not None: raise ValueError(f"--table {table}: this paper has no tables, its grid is reported as a whole")
-    return save_report(out, 'mixfast and diminishing returns', _sections(out, diminishing_results(read_records(out, 'diminishing'))))
+    if table is not None:
+        raise ValueError(f"--table {table}: this paper has no tables, its grid is reported as a whole")
+    res = diminishing_results(read_records(out, 'diminishing'))
+    return save_report(out, 'mixfast and diminishing returns', _sections(out, res))
 
 # %% ../../nbs/paper/11_diminishing_results.ipynb #9611ad74
 def _add_args(p):
     "Add to a parser what chooses settings"
     a = p.add_argument
-    a('--ways', nargs='+', choices=list(WAYS), help='; '.join(f'{k}: {v}' for k,v in WAYS.items()) + '; default: direct scenes')
+    words = '; '.join(f'{k}: {v}' for k,v in WAYS.items())
+    a('--ways', nargs='+', choices=list(WAYS), help=f'after SSL: {words}; default: direct scenes')
     a('--n', type=int, nargs='+', help='images without labels; default: those of the scale')
     a('--n-sl', type=int, nargs='+', help='images with masks; default: those of the scale')
 
@@ -179,5 +186,5 @@ def _chosen(a):
     return diminishing_settings(a.scale, a.ways, a.n, a.n_sl)
 
 # %% ../../nbs/paper/11_diminishing_results.ipynb #1e39ae9a
-diminishing = add_paper(Paper('diminishing', list(SCALES), _add_args, _chosen, lambda e, scale: describe(e), estimate, reproduce,
-                              write_report))
+diminishing = add_paper(Paper('diminishing', list(SCALES), _add_args, _chosen, lambda e, scale: describe(e), estimate,
+                              reproduce, write_report))

@@ -1,4 +1,4 @@
-"""Diminishing returns: a run in up to three steps, of which the first ones are shared; a grid of them, and how long it will take
+"""Diminishing returns: a run in up to three steps, the first of them shared; a grid of runs, and how long it will take
 
 Docs: https://mixfast.github.io/mixfast/paper/diminishing_runs.html.md"""
 
@@ -46,7 +46,8 @@ def _kept(
     with FileLock(f'{f}.lock'):
         if not f.exists():
             cost = train(backbone, f.with_suffix('.fit'))
-            save_file({k: v.cpu().contiguous() for k,v in backbone.state_dict().items()}, f'{f}.part', dict(cost=json.dumps(cost)))
+            weights = {k: v.cpu().contiguous() for k,v in backbone.state_dict().items()}
+            save_file(weights, f'{f}.part', dict(cost=json.dumps(cost)))
             os.replace(f'{f}.part', f)
     backbone.load_state_dict(load_file(f))
     with safe_open(f, 'pt') as o: return json.loads(o.metadata()['cost'])
@@ -56,7 +57,8 @@ def _pretrain(e, seed, path, scale, bf16, load, device):
     "The training that `_kept` asks for, on images without labels"
     def train(m, folder):
         learn = pool_learner(pool_dls(e, seed, path, scale, load, device), m, scale, bf16)
-        _quietly(learn, learn.fit_ssl, e_ssl=check_scale(scale)['e_ssl'], recipe=RECIPES['ssl'], checkpoint=folder, resume=True)
+        args = dict(e_ssl=check_scale(scale)['e_ssl'], recipe=RECIPES['ssl'])
+        _quietly(learn, learn.fit_ssl, **args, checkpoint=folder, resume=True)
         return _cost(learn)
     return train
 
@@ -64,7 +66,8 @@ def _classify(seed, path, scale, bf16, load, device):
     "Likewise, on scenes"
     def train(m, folder):
         learn = scene_learner(scene_dls(seed, path, scale, load, device), m, scale, bf16)
-        _quietly(learn, learn.fit_sl, e_sl=check_scale(scale)['e_scenes'], recipe=RECIPES['scenes'], checkpoint=folder, resume=True)
+        args = dict(e_sl=check_scale(scale)['e_scenes'], recipe=RECIPES['scenes'])
+        _quietly(learn, learn.fit_sl, **args, checkpoint=folder, resume=True)
         return _cost(learn)
     return train
 
@@ -131,14 +134,15 @@ def run_diminishing(
     if seed==0 and not hold_out: _keep_picture(learn, Path(out)/'masks'/f'{scale}_{e.way}_n{e.n}_{e.n_sl}.png')
     cost['masks'] = _cost(learn)
     total = {k: sum(o[k] for o in cost.values()) for k in ('petaflop','seconds')}
-    settings = dict(e_ssl=check_scale(scale)['e_ssl'], e_sl=check_scale(scale)['e_sl'], bs=learn.dls.bs, hold_out=hold_out)
+    s = check_scale(scale)
+    settings = {k: s[k] for k in ('e_ssl','e_scenes','e_sl')} | dict(bs=learn.dls.bs, hold_out=hold_out)
     return new_record(e, seed, scale, bf16, **_scores(learn), **total, cost=cost, settings=settings, **_where(dev))
 
 # %% ../../nbs/paper/10_diminishing_runs.ipynb #0c1f0068
 def _said(rec):
     "A record in a line"
-    return _line(f"{describe(Diminishing(**rec['exp']))}, seed {rec['seed']}", rec['cost']['masks']['seconds'], miou=rec['miou'],
-                 petaflop=rec['petaflop'])
+    what = f"{describe(Diminishing(**rec['exp']))}, seed {rec['seed']}"
+    return _line(what, rec['cost']['masks']['seconds'], miou=rec['miou'], petaflop=rec['petaflop'])
 
 def reproduce(
     exps, # `Diminishing`s
@@ -154,7 +158,7 @@ def reproduce(
 )->list: # The new records
     "Run what is missing; a record is written as soon as its run is done"
     s = check_scale(scale)
-    for e,seed in missing_runs(exps, seeds, out, scale, bf16)[:1]: # files are read, and misfits found, before processes start
+    for e,seed in missing_runs(exps, seeds, out, scale, bf16)[:1]: # misfits are found before processes start
         for o in exps: _check_cell(o, seed, path, scale, load)
     def run(e, seed, cbs): return run_diminishing(e, seed, path, out, scale, bf16, load, device, cbs)
     def work(e): return s['e_sl'], e.n_sl
@@ -194,7 +198,8 @@ def estimate(
     s,(secs,n),made,res = check_scale(scale),_step_seconds(path, scale, bf16, load, device),set(),[]
     scenes = len(_scenes(path, scale, load)[0])
     for e,seed in runs:
-        t = s['e_sl']*(e.n_sl + (e.way=='mix_scenes')*scenes*s['e_scenes']//s['e_sl'])*secs['mix' if 'mix' in e.way else 'masks']
+        n_sl = e.n_sl + (e.way=='mix_scenes')*scenes*s['e_scenes']//s['e_sl']
+        t = s['e_sl']*n_sl*secs['mix' if 'mix' in e.way else 'masks']
         for name,n_images,epochs in (('ssl',e.n,s['e_ssl']), ('scenes',scenes*(e.way=='scenes'),s['e_scenes'])):
             if (name,e.n,seed) not in made and n_images: t += n_images*epochs*secs[name]; made.add((name,e.n,seed))
         res.append(t)

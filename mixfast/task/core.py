@@ -137,7 +137,7 @@ def _check_labelled(learn):
     if not need: return
     _,*y = learn.dls.train.dataset[0]
     if not y: raise ValueError(f"metrics: {need[0]} needs labels, and the training images have none: leave it out")
-    if not torch.is_tensor(y[0]) or y[0].ndim or y[0].is_floating_point(): raise ValueError(
+    if not any(torch.is_tensor(o) and not o.ndim and not o.is_floating_point() for o in y): raise ValueError(
         f"metrics: {need[0]} needs one class number for each image: leave it out for other targets")
 
 # %% ../../nbs/task/00_core.ipynb #3c0b4eef

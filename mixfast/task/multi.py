@@ -34,12 +34,23 @@ class TaskModel(nn.Module):
         self.body,self.tasks,self.idxs = body,nn.ModuleDict(tasks),[]
         self.register_parameter('log_vars', None) # of the tasks' losses, where their weights are learned
 
-    def to_features(self, x): return map_features(self.body, x, self.idxs)
-    def from_features(self, feats):
+    def to_features(self,
+        x, # Images, float [B,C,H,W]
+    )->Features:
+        "What the backbone makes of images, with the maps that heads read"
+        return map_features(self.body, x, self.idxs)
+
+    def from_features(self,
+        feats, # `Features` of a batch
+    ): # A prediction, or of several tasks a tuple of them
+        "What the heads make of them"
         if not isinstance(feats, Features): raise ValueError(
             "heads of tasks read the features of all patches: do not drop any in the mix phase (visible_only='mix')")
-        preds = tuple(t(feats) for t in self.tasks.values())
-        return preds if len(preds)>1 else preds[0]
+        preds = [t(feats) for t in self.tasks.values()]
+        if self.log_vars is not None and self.training: # DistributedDataParallel waits for what the outputs depend on
+            i = min(range(len(preds)), key=lambda i: preds[i].numel())
+            preds[i] = preds[i] + 0*self.log_vars.sum()
+        return tuple(preds) if len(preds)>1 else preds[0]
     def forward(self, x): return self.from_features(self.to_features(x))
 
 # %% ../../nbs/task/03_multi.ipynb #c4203e26
@@ -50,7 +61,8 @@ def _check_tasks(tasks)->dict:
         f"task must be a Task, such as Segment(), or a dict of them by name, got {tasks!r}")
     for k,t in tasks.items():
         if not isinstance(t, Task): raise TypeError(f"task: {k!r} must be a Task, such as Segment(), got {t!r}")
-        if not str(k).isidentifier() or k in ('ssl','sl','train','valid') or hasattr(nn.ModuleDict, k): raise ValueError(
+        taken = k in ('ssl','sl','train','valid') or hasattr(nn.ModuleDict, str(k))
+        if taken or not str(k).isidentifier(): raise ValueError(
             f"task: {k!r} is no name for a task, of which columns of the history are made: choose another")
     return tasks
 
@@ -62,8 +74,9 @@ def set_up(self:TaskModel,
 )->TaskModel:
     "Build the heads. Raises `ValueError` where features or classes do not fit."
     cs = list(L(cs))
+    names = ', '.join(self.tasks)
     if len(cs)!=len(self.tasks): raise ValueError(
-        f"task: there are {len(self.tasks)} tasks ({', '.join(self.tasks)}) and targets of {len(cs)}: give each its targets")
+        f"task: there are {len(self.tasks)} tasks ({names}) and targets of {len(cs)}: give each its targets")
     if any(getattr(t, 'reads_maps', False) for t in self.tasks.values()): self.idxs = _stages(self.body, x)
     with evaluating(self.body): feats = self.to_features(x[:2])
     for t,c in zip(self.tasks.values(), cs): t.setup(feats, c)
@@ -116,7 +129,8 @@ def parts(self:TaskLoss,
 def _weighted(self:TaskLoss, pred, y):
     "The weighted losses by name"
     preds = pred if isinstance(pred, tuple) else (pred,)
-    if len(y)!=len(preds): raise ValueError(f"{len(preds)} tasks ({', '.join(self.tasks)}) need as many targets, got {len(y)}")
+    if len(y)!=len(preds):
+        raise ValueError(f"{len(preds)} tasks ({', '.join(self.tasks)}) need as many targets, got {len(y)}")
     plain = lambda o: o.as_subclass(Tensor)
     res = {f'{k}_loss': w*t.loss(plain(p), plain(o)) for (k,t),w,p,o in zip(self.tasks.items(), self.weights, preds, y)}
     if self.log_vars is None: return res

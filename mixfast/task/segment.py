@@ -149,8 +149,8 @@ def _check_fine(feats):
     x,m = feats.maps[:2]
     if min(m.shape[-2:])>=4: return
     (h,w),(r,c) = x.shape[-2:],m.shape[-2:]
-    raise ValueError(f"Segment: the finest features of the backbone are a grid of {r}x{c} for images of {h}x{w} pixels, too "
-                     "coarse for masks: take larger images, smaller patches (patch_size), or a model with finer stages")
+    raise ValueError(f"Segment: the finest features of the backbone are a grid of {r}x{c} for images of {h}x{w} "
+                     "pixels, too coarse for masks: take larger images, smaller patches (patch_size), or finer stages")
 
 # %% ../../nbs/task/02_segment.ipynb #f0047de0
 @patch(as_prop=True)

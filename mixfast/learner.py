@@ -43,7 +43,7 @@ from .objective.multiview import Teacher
 from .phases import MixPlan
 from .schedule import _check_recipe, _check_sl_sched, get_recipe
 from .task.core import _dry_run, _metrics_rest, _size_named
-from .task.multi import TaskLoss, TaskModel, default_tasks, target_vocabs, task_metrics
+from .task.multi import TaskLoss, TaskModel, _matched, default_tasks, target_vocabs, task_metrics
 
 # %% ../nbs/04_learner.ipynb #069695cf
 def _prepare(learn):
@@ -226,7 +226,7 @@ def mix_learner(
 )->Learner:
     "A fastai `Learner` of a timm model from scratch, ready for `fit_mixtraining`. Raises what `set_up` does."
     x = phase_dl(dls, 'ssl').one_batch()[0]
-    task = task or default_tasks(dls)
+    task = default_tasks(dls) if task is None else _matched(task, dls)
     if n_out is None: n_out = [len(v or ()) for v in target_vocabs(dls)] if task else get_c(dls)
     args = dict(img_size=img_size, patch_size=patch_size, **kwargs)
     if task: model,own_loss,metrics = _task_model(dls, arch, x, task, n_out, task_weights, metrics, args)
@@ -259,6 +259,7 @@ def compile(self:Learner,
         raise TypeError("compile() is for a mix learner, with its objective: call learn.to_mix() first")
     teachers = [o for o in self.mix.objective.modules() if isinstance(o, Teacher)]
     parts = [part for o in teachers for part in (*body(o[0]).children(), *o.copies[1:])]
+    parts += [o for t in getattr(self.model, 'tasks', nn.ModuleDict()).values() for o in t.children()]
     for o in (*body(self.model).children(), *self.mix.objective.children(), *parts):
         for part in o if isinstance(o, nn.ModuleList) else [o]:
             if next(part.parameters(), None) is not None: _compile_part(part, **kwargs)

@@ -195,6 +195,23 @@ def show_batch(self:SeededDL,
         for ax,(im,*cat) in zip(axc, self.decode_batch((x,*y), max_n=n)):
             _draw(ax, im, cat if x is xs[0] else ())
 
+# %% ../../nbs/data/04_derive.ipynb #f9cfc3f6
+@patch
+def show_results(self:SeededDL,
+    b, # A batch
+    out, # What was predicted for it, decoded
+    max_n:int=9, # Images
+    figsize:tuple=None, # Inches
+    **kwargs # For fastai's `show_results`, where there is one target
+):
+    "Show some images with their targets, and with what was predicted"
+    if len(b)<3: return TfmdDL.show_results(self, b, out, max_n, **({'figsize':figsize} if figsize else {}), **kwargs)
+    n = min(max_n, len(b[0]))
+    fig,axs = plt.subplots(n, 2, figsize=figsize or (5, 2.4*n), squeeze=False)
+    for axc,ys,what in zip(axs.T, (b[1:],out), ('target','prediction')):
+        for ax,(im,*y) in zip(axc, self.decode_batch((b[0],*ys), max_n=n)): _draw(ax, im, y)
+        axc[0].set_title(f'{what}\n{axc[0].get_title()}')
+
 # %% ../../nbs/data/04_derive.ipynb #5e5ae369
 @patch
 def _rows(self:BlendDL, n):

@@ -19,6 +19,7 @@ from .confusion import Confusion, LabelAccuracy
 class Task(nn.Module):
     "A supervised head, its loss and its metrics"
     missing = -1 # The class number that stands for a missing label
+    target = None # The kind of targets that it needs, 'class' or 'mask'; None: any
 
     def setup(self,
         feats:Features, # Like those to come
@@ -56,6 +57,7 @@ def labelled_loss(
 # %% ../../nbs/task/01_heads.ipynb #13ecd9ad
 class Classify(Task):
     "A class for each image"
+    target = 'class'
     def __init__(self,
         smoothing:float=0., # Of the labels, in [0,1]
         missing:int=-1, # The class number of an image without a label; 0 for fastai's `CategoryBlock(add_na=True)`

@@ -11,9 +11,9 @@ __all__ = ['TaskModel', 'TaskLoss', 'target_vocabs', 'default_tasks', 'TaskMetri
 import math
 
 import torch, torch.distributed as dist
-from fastcore.basics import GetAttr, patch
+from fastcore.basics import GetAttr, patch, tuplify
 from fastcore.foundation import L
-from fastai.learner import Metric, mk_metric
+from fastai.learner import Learner, Metric, mk_metric
 from fastai.torch_core import TensorMask
 from fastai.vision.core import AddMaskCodes, PILMask
 from torch import nn, Tensor
@@ -185,6 +185,24 @@ def default_tasks(
         if v not in ('class','mask'): raise ValueError(f"targets: {k!r} is neither classes nor masks: pass its task")
     return {k: Segment() if v=='mask' else Classify() for k,v in kinds.items()} or None
 
+# %% ../../nbs/task/03_multi.ipynb #90c80b7a
+def _matched(
+    tasks, # A `Task`, or a dict of them by name
+    dls, # `MixDataLoaders`, or fastai's `DataLoaders`
+)->dict:
+    "Tasks in the order of their targets. Raises `ValueError` or `TypeError` where they do not go with these."
+    tasks,kinds = _check_tasks(tasks),_target_kinds(dls)
+    if len(tasks)!=len(kinds): raise ValueError(
+        f"task: there are {len(tasks)} tasks ({', '.join(tasks)}) and targets of {len(kinds)}: give each its targets")
+    if len(tasks)>1 and hasattr(dls.train_ds, 'targets'):
+        if set(tasks)!=set(kinds):
+            raise ValueError(f"task: tasks are {list(tasks)}, and targets {list(kinds)}: give them the same names")
+        tasks = {k: tasks[k] for k in kinds}
+    for (k,t),kind in zip(tasks.items(), kinds.values()):
+        if t.target not in (None,kind):
+            raise ValueError(f"task: {k!r} is a {type(t).__name__}, which needs targets of kind {t.target!r}, got {kind!r}")
+    return tasks
+
 # %% ../../nbs/task/03_multi.ipynb #916c8f95
 class _OneTask(GetAttr):
     "A learner in the middle of a batch, as one of its tasks sees it"
@@ -226,3 +244,20 @@ def task_metrics(
     if extra: raise ValueError(f"metrics: there is no task {extra[0]!r}, but {names}")
     if len(names)==1: return list(L(metrics[names[0]]))
     return [TaskMetric(o, names.index(k), k) for k,v in metrics.items() for o in L(v)]
+
+# %% ../../nbs/task/03_multi.ipynb #3f0e08e2
+_predict = Learner.predict
+
+@patch
+def predict(self:Learner,
+    item, # An image, as `dls.test_dl` takes it
+    rm_type_tfms=None, # For `dls.test_dl`
+    with_input:bool=False, # Give the image, too?
+)->tuple: # What is predicted, decoded and not, and probabilities; of several tasks tuples of these
+    "fastai's `predict`, for several tasks too"
+    if len(getattr(self.loss_func, 'tasks', ()))<2: return _predict(self, item, rm_type_tfms, with_input)
+    dl = self.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0)
+    x,probs,_,nums = self.get_preds(dl=dl, with_input=True, with_decoded=True)
+    im,*shown = self.dls.decode_batch((*tuplify(x), *nums))[0]
+    res = tuple(shown), tuple(o[0] for o in nums), tuple(o[0] for o in probs)
+    return (*res, im) if with_input else res

@@ -113,6 +113,7 @@ def dice_loss(
 # %% ../../nbs/task/02_segment.ipynb #12670bf8
 class Segment(Task):
     "A class for each pixel"
+    target = 'mask'
     def __init__(self,
         decoder:str='conv', # 'conv': several maps and convolutions; 'linear': one layer on the last features
         dim:int=64, # Channels of the decoder of convolutions

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import numpy as np, pytest, timm, torch
 from fastai.vision.all import (Callback, CategoryBlock, DataBlock, EarlyStoppingCallback, GradientAccumulation, ImageDataLoaders, MixedPrecision, PILImage,
     ProgressCallback, RandomSplitter, RocAucBinary, SaveModelCallback, TerminateOnNaNCallback, accuracy, noop, resnet18, set_seed, vision_learner)
-from mixfast.all import (AE, BYOL, BatchFlip, DINO, HardAugment, KNNAccuracy, MAE, MixBlock, MixModel, MoCo, SimCLR, SimSiam, Sum, ViewTfms, mix_dls,
+from mixfast.all import (AE, BYOL, BatchFlip, Classify, DINO, HardAugment, KNNAccuracy, MAE, MixBlock, MixModel, MoCo, Segment, SimCLR, SimSiam, Sum, ViewTfms, mix_dls,
     mix_learner, set_up)
 from mixfast.callback.files import _read_index as read_index
 from mixfast.callback import files as checkpoint
 from mixfast.callback.distributed import _allow, _synced_norms
 from conftest import HOT, TINY, images, same, state
+from test_dense import VOCAB, scenes
 pytest.importorskip('accelerate')
 import fastai.distributed # gives learners `distrib_ctx`
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes are forked')
@@ -93,7 +94,7 @@ def check_alike(res):
         if isinstance(o, Exception): raise o
         assert same(o['weights'], res[0]['weights']) and repr(o['rows'])==repr(res[0]['rows']) and o['losses']==res[0]['losses']
         assert [r[:5] for r in o['log']]==[r[:5] for r in res[0]['log']]
-        assert o['model'] in ('VisionTransformer','ResNet','Sequential') # the user's own, not wrapped by anything
+        assert o['model'] in ('VisionTransformer','ResNet','Sequential','TaskModel') # the user's own, not wrapped by anything
     return res[0]
 
 def check_close(a, b, eps=1e-4):
@@ -372,3 +373,23 @@ def test_two_views_of_unequal_parts(launch):
     for o,says in ((SimCLR(8, 16), 'SimCLR counts the images of each process'), (BYOL(8, 16), None)):
         res = launch(partial(fit, make_learn=partial(view_learner, objective=o, drop_last=False), bs=14, world=2, e=(1,1)), 2)
         assert all(says in str(r) for r in res) if says else check_alike(res)
+
+def task_learner(bs, weights='learned', missing=False):
+    "A class and a mask for each image; a third may have no class"
+    x,y = scenes(48)
+    if missing: y['kind'][::3] = -1
+    dls = mix_dls((x,y), scenes(21, seed=1), vocab=VOCAB, bs=bs, seed=3)
+    args = dict(arch='vit_tiny_patch16_224', patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    return mix_learner(dls, **args, task=dict(kind=Classify(), mask=Segment('linear')), task_weights=weights)
+
+@pytest.mark.parametrize('weights', [None,'learned'])
+def test_several_tasks_as_one_process(launch, weights):
+    "Losses by task, learned weights, IoU of the whole validation set"
+    kw = dict(make_learn=partial(task_learner, weights=weights), seed=0)
+    one,two = alone(launch, partial(fit, **kw)),check_alike(launch(partial(fit, world=2, **kw), 2))
+    check_close(two, one, 1e-3) # gradients of the class token, which nobody reads, are as small as their errors
+    assert {'mask_miou','kind_accuracy','kind_loss'} <= set(two['rows'][-1])
+
+def test_missing_labels_in_several_processes(launch):
+    "Processes stay alike, however few labels one of them sees"
+    check_alike(launch(partial(fit, world=2, make_learn=partial(task_learner, missing=True)), 2))

@@ -10,7 +10,7 @@ from mixfast.callback.files import (_INDEX as INDEX, _check_room as check_room, 
     _save_state as save_state, _write_atomic as write_atomic)
 from conftest import Die, HOT, TINY, images, same, state
 sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'))
-import kills
+import kills, test_dense as dense
 
 def whole(learn):
     "All that a fit leaves behind, its seconds apart"
@@ -46,6 +46,16 @@ def test_kill_9(tmp_path):
 @pytest.mark.parametrize('kwargs', [dict(objective=MAE(visible_only='mix')), dict(arch='resnet10t', size=32, c=3, objective=AE), dict(drop_path_rate=0.3)])
 def test_models(make, tmp_path, kwargs):
     new = lambda seed: make(seed=seed, n=40, ssl=images(30, kwargs.get('size', 8), kwargs.get('c', 1), seed=3)[0], **kwargs)
+    check_resumed(new, tmp_path/'run', (4,7,7), every_steps=2)
+
+@pytest.mark.parametrize('target,weights', [('mask',None), ('both','learned')])
+def test_tasks(tmp_path, target, weights):
+    "Masks, and several tasks with weights that are learned"
+    def new(seed):
+        set_seed(seed, reproducible=True)
+        learn = dense.learner(dense.dls(target), 'conv', 'simmim', task_weights=weights)
+        if seed: torch.manual_seed(seed)
+        return learn
     check_resumed(new, tmp_path/'run', (4,7,7), every_steps=2)
 
 def test_other_callbacks(make, tmp_path):

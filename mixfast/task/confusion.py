@@ -10,7 +10,7 @@ __all__ = ['confusion_counts', 'Confusion', 'class_iou', 'MeanIoU', 'PixelAccura
 # %% ../../nbs/task/00a_confusion.ipynb #1769aa8e
 import math
 
-import numpy as np, pandas as pd, torch
+import pandas as pd, torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from fastai.learner import Metric

@@ -8,12 +8,12 @@ Docs: https://mixfast.github.io/mixfast/task/heads.html.md"""
 __all__ = ['Task', 'labelled_loss', 'Classify']
 
 # %% ../../nbs/task/01_heads.ipynb #74218bfb
-import torch, torch.nn.functional as F
+import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..checks import _check_unit
 from ..objective.features import Features
-from .confusion import Confusion, LabelAccuracy
+from .confusion import LabelAccuracy
 
 # %% ../../nbs/task/01_heads.ipynb #d0223b33
 class Task(nn.Module):

@@ -10,7 +10,7 @@ __all__ = ['TaskModel', 'TaskLoss', 'target_vocabs', 'default_tasks', 'TaskMetri
 # %% ../../nbs/task/03_multi.ipynb #17ff38be
 import math
 
-import torch, torch.distributed as dist
+import torch
 from fastcore.basics import GetAttr, patch, tuplify
 from fastcore.foundation import L
 from fastai.learner import Learner, Metric, mk_metric

@@ -1,5 +1,5 @@
 "Masks and several tasks: through all phases, from arrays and from files; what is kept, shown, refused"
-import warnings
+import json, warnings
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
@@ -227,6 +227,15 @@ def test_transfer():
     before = state(frozen.model.body)
     fit(frozen, 0, 1, rho=0)
     assert same(before, state(frozen.model.body))
+
+def test_bench(tmp_path, monkeypatch, capsys):
+    "The command with dense=True asks all questions"
+    from mixfast.bench import core as bench
+    monkeypatch.setattr(bench, '_mask_work', lambda quick, bf16: bench.MaskWork(n=16, bs=8, px=32, photo=40, model='test_resnet', valid=80))
+    bench.main(True, bf16=False, compile=False, views=False, dense=True, rounds=1, out=str(tmp_path/'dense.json'))
+    by = {r['name']: r for r in json.loads((tmp_path/'dense.json').read_text())['ratios']}
+    assert len(by)==5-(not Path('/proc').exists()) and all(0<r['low']<=r['ratio']<=r['high'] for r in by.values())
+    assert 0.5<by['masks, simmim, vit_5m: mix step / (SSL step + SL step)']['limit']<1 and all(k in capsys.readouterr().out for k in list(by)[:1])
 
 # What cannot work is said at the call
 

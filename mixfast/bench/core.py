@@ -6,7 +6,7 @@ Docs: https://mixfast.github.io/mixfast/bench/core.html.md"""
 
 # %% auto #0
 __all__ = ['RHOS', 'RATIOS', 'CPU', 'QUICK', 'GPU', 'contenders', 'in_turns', 'Ratio', 'ratios', 'bench', 'bench_views',
-           'bench_table', 'describe_bench', 'plot_bench', 'main']
+           'bench_dense', 'bench_table', 'describe_bench', 'plot_bench', 'main']
 
 # %% ../../nbs/bench/02_core.ipynb #38a79558
 import json, sys, tempfile, time
@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastcore.script import store_true
 from fastai.torch_core import default_device
 
+from .dense import MaskWork, dense_rows
 from .peers import Work, bare_fit, lightly_fit, mixfast_fit, mixfast_learner, stock_fit
 from .steps import _row, _timed, epoch_rows, gpu_rows, import_rows, overhead_rows, step_rows
 from .view_peers import ViewWork
@@ -117,6 +118,11 @@ def _view_work(quick, bf16):
     if default_device().type!='cuda': return ViewWork(bf16=bf16, **(dict(n=256, bs=32, epochs=1) if quick else {}))
     return ViewWork(n=10_240, bs=256, px=128, arch='resnet50', bf16=True)
 
+def _mask_work(quick, bf16):
+    "The same for masks"
+    if default_device().type=='cuda': return MaskWork(n=1024, bs=128, model='resnet50', bf16=True)
+    return MaskWork(bf16=bf16, **(dict(n=128, bs=16, px=64, photo=192, valid=2000) if quick else {}))
+
 # %% ../../nbs/bench/02_core.ipynb #6a4d97f2
 def _limits(w):
     "By contender: operations of its fit, as torch counts them"
@@ -162,6 +168,13 @@ def bench_views(
     "Measure methods with several views"
     return _result(w, rounds, view_rows(w, rounds), [])
 
+def bench_dense(
+    w:MaskWork, # What to train
+    rounds:int=3, # That count
+)->dict: # As of `bench`
+    "Measure masks and several tasks"
+    return _result(w, rounds, dense_rows(w, rounds), [])
+
 # %% ../../nbs/bench/02_core.ipynb #0e9758a0
 def _met(r):
     "Is the target met, at the three decimals that are shown?"
@@ -186,6 +199,9 @@ def describe_bench(
     if 'arch' in res['work']:
         w = ViewWork(**res['work'])
         return f"{w.arch}, {w.n} images of {w.px} pixels in batches of {w.bs}, {w.epochs} epochs of SSL;\n{where}"
+    if 'photo' in res['work']:
+        w = MaskWork(**res['work'])
+        return f"{w.model}, masks and classes of {w.n} images of {w.px} pixels in batches of {w.bs};\n{where}"
     w = Work(**res['work'])
     how = ('bfloat16' if w.bf16 else 'float32') + ', compiled'*w.compile
     return (f"ViT of {w.depth} blocks of {w.dim} channels, patches of {w.patch} pixels; {w.n} images in batches of "
@@ -223,7 +239,8 @@ def _say(res, out):
     secs = secs.round(2).astype(object).fillna('').to_string(index=False) if len(secs) else ''
     if secs: print('', 'A fit in seconds, and the MiB that it needs:', secs, sep='\n\n')
     print('', out.resolve(), sep='\n')
-    if 'lightly' not in f'{table} {secs}': print('lightly did not take part: pip install "lightly>=1.6" lightning')
+    asked = 'photo' not in res['work'] # of masks lightly knows nothing
+    if asked and 'lightly' not in f'{table} {secs}': print('lightly did not take part: pip install "lightly>=1.6" lightning')
 
 # %% ../../nbs/bench/02_core.ipynb #f8353c8a
 def main(
@@ -231,6 +248,7 @@ def main(
     bf16:store_true, # bfloat16 autocast; on a GPU always
     compile:store_true, # torch.compile, for mixfast and the loop by hand
     views:store_true, # Time methods with several views, in place of MixTraining
+    dense:store_true=False, # Time masks and several tasks
     rounds:int=None, # That count; default: 3, or 2 with --quick
     out:str='bench.json', # File for the result
 ):
@@ -239,6 +257,7 @@ def main(
     _check_bench(rounds, out)
     rounds = rounds or (2 if quick else 3)
     if views: res = bench_views(_view_work(quick, bf16), rounds)
+    elif dense: res = bench_dense(_mask_work(quick, bf16), rounds)
     else: res = bench(_work(quick, bf16, compile), rounds)
     out.write_text(json.dumps(res, indent=1)+'\n', encoding='utf-8')
     _say(res, out)

@@ -90,7 +90,7 @@ def _learner(w, targets=('mask',), model=None, objective='ae', **kwargs):
     set_seed(0)
     heads = dict(kind=Classify(), mask=Segment())
     task = {k: heads[k] for k in targets}
-    patch = w.px//16 if model=='vit_5m' else None
+    patch = w.px//8 if model=='vit_5m' else None
     learn = mix_learner(w.dls(targets, **kwargs), model or w.model, objective, patch_size=patch, task=task)
     return learn.to_bf16() if w.bf16 else learn
 

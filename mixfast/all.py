@@ -60,6 +60,7 @@ from .insight.lr_find import *
 from .insight.cost import *
 from .insight.compare import *
 from .insight.plot import *
+from .insight.returns import *
 
 # %% ../nbs/all.ipynb #b927db3e
 __all__ = [o for o in globals() if not o.startswith('_')]

@@ -135,7 +135,7 @@ def named(self:Target,
     y, # A target, or a prediction
 ):
     "As fastai shows it"
-    if self.kind=='mask': return TensorMask(y if y.ndim==2 else y.argmax(0))
+    if self.kind=='mask': return TensorMask(y if y.ndim==2 else y.argmax(0), codes=list(self.vocab)) # colours by them
     if not self.vocab: return RegressionSetup().decodes(y.flatten())
     i = _decided(y[None], self.kind=='several')[0]
     if self.kind=='several': return MultiCategory(self.vocab[k] for k in i.nonzero().flatten())

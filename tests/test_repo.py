@@ -8,17 +8,18 @@ import pytest
 from nbdev.config import get_config
 from fastcore.docments import docments
 from fastai.learner import Learner
-import mixfast.all
+import mixfast.all, notebook
 
 root = Path(__file__).resolve().parents[1]
 nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not re.search(r'/[_.]', p.relative_to(root).as_posix()))
 each_nb = pytest.mark.parametrize('nb', nbs, ids=lambda p: f'{p.parent.name}/{p.stem}')
 
+ENV = {'MPLBACKEND': 'Agg', 'OMP_NUM_THREADS': '1', # draws no windows; as steady on a busy machine as on an idle one
+       'PATH': f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
 def run(*cmd, cwd=root):
-    "Output of a command in an environment that draws no windows; its failure is the test's, with all it printed"
-    env = {**os.environ, 'MPLBACKEND': 'Agg', 'OMP_NUM_THREADS': '1', # as steady on a busy machine as on an idle one
-           'PATH': f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    res = subprocess.run([str(c) for c in cmd], cwd=cwd, env=env, capture_output=True, text=True)
+    "Output of a command; its failure is the test's, with all it printed"
+    res = subprocess.run([str(c) for c in cmd], cwd=cwd, env={**os.environ, **ENV}, capture_output=True, text=True)
     if res.returncode: pytest.fail(res.stdout + res.stderr, pytrace=False)
     return res.stdout
 
@@ -26,10 +27,14 @@ def tree():
     "What git sees: a notebook must not leave a file behind"
     return run('git', 'status', '--porcelain') + run('git', 'diff') if (root/'.git').exists() else ''
 
+@pytest.fixture(scope='module')
+def processes(): return notebook.start(ENV)
+
 @each_nb
-def test_notebook_runs(nb):
+def test_notebook_runs(nb, processes, tmp_path):
+    "In a process of its own: patches, seeds and figures of one notebook do not help another"
     before = tree()
-    run('nbdev-test', nb) # a process of its own: patches, seeds and figures of one notebook do not help another
+    if not notebook.run(processes, nb, tmp_path/'log'): pytest.fail((tmp_path/'log').read_text(), pytrace=False)
     assert tree() == before
 
 @each_nb

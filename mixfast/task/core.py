@@ -88,7 +88,7 @@ def _misfit(learn, pred, y, c, classes, e):
     hint = "For soft labels: CrossEntropyLossFlat(flatten=False)." if soft else \
            "Change the number of outputs (n_out), the head or the loss function."
     return (f"the head, {name(head)}, predicts {_shapes(pred)} for 2 images, and {name(learn.loss_func)} "
-            f"cannot compare that with targets {_shapes(y)}: {e}. {hint}")
+            f"cannot compare that with targets {_shapes(y)}: {str(e).rstrip('.')}. {hint}")
 
 # %% ../../nbs/task/00_core.ipynb #b173a06b
 _misfits = RuntimeError,ValueError,IndexError,TypeError,AssertionError # what comes of shapes that do not fit

@@ -52,7 +52,11 @@ def labelled_loss(
 )->Tensor: # Scalar, float32
     "Cross-entropy, the mean over what has a label; 0 where nothing has"
     n = (y!=missing).sum().clamp(min=1)
-    return F.cross_entropy(pred.float(), y.long(), ignore_index=missing, reduction='sum', label_smoothing=smoothing)/n
+    try: l = F.cross_entropy(pred.float(), y.long(), ignore_index=missing, reduction='sum', label_smoothing=smoothing)
+    except IndexError as e: raise IndexError(
+        f"targets have class numbers up to {y[y!=missing].max()}, predictions {pred.shape[1]} classes: give all classes "
+        f"a name, masks by MaskBlock(codes), or write {missing} where there is none") from e
+    return l/n
 
 # %% ../../nbs/task/01_heads.ipynb #13ecd9ad
 class Classify(Task):

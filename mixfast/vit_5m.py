@@ -9,7 +9,7 @@ __all__ = ['WideAttention', 'vit_5m']
 
 # %% ../nbs/03a_vit_5m.ipynb #00a7d921
 from timm.layers import Attention
-from timm.models import register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 
 # %% ../nbs/03a_vit_5m.ipynb #467fac25
@@ -21,14 +21,19 @@ class WideAttention(Attention):
         **kwargs # For timm's `Attention`
     ): super().__init__(dim, num_heads, **{**kwargs, 'attn_head_dim':64})
 
+# %% ../nbs/03a_vit_5m.ipynb #a89b5c1b
+default_cfgs = generate_default_cfgs({'vit_5m.untrained': dict( # what timm wants to know of a model
+    input_size=(3,128,128), fixed_input_size=True, mean=(0.5,0.5,0.5), std=(0.5,0.5,0.5), num_classes=1000,
+    first_conv='patch_embed.proj', classifier='head')})
+
+# %% ../nbs/03a_vit_5m.ipynb #f69c5136
 @register_model
 def vit_5m(
-    pretrained:bool=False, # There are no weights to load
+    pretrained:bool=False, # There are no weights of its own; True for a folder of `learn.mix.save_backbone`
     **kwargs # For timm's `VisionTransformer`, as `timm.create_model` gets them
 )->VisionTransformer:
     "A ViT of 12 blocks of 128 channels with 8 wide heads, in patches of 16 pixels (Bridge et al.)"
-    if pretrained: raise ValueError("vit_5m is trained from scratch: there are no weights of it, use pretrained=False")
     args = dict(img_size=128, patch_size=16, embed_dim=128, depth=12, num_heads=8, class_token=False, global_pool='avg',
                 attn_layer=WideAttention, dynamic_img_size=True)
-    kwargs = {k: v for k,v in kwargs.items() if not k.startswith('pretrained_cfg') and k!='cache_dir'}
-    return VisionTransformer(**{**args, **kwargs})
+    return build_model_with_cfg(VisionTransformer, 'vit_5m', pretrained, feature_cfg=dict(feature_cls='getter'),
+                                **{**args, **kwargs})

@@ -73,8 +73,8 @@ def test_simmim_is_a_few_lines_of_torch():
     torch.manual_seed(1)
     f = o.encode(m, x)
     patches = f.mask[:,::8,::8].flatten(1) # hidden or not, [B,N]
-    t = torch.where(patches[...,None], o.token.view(1,1,-1), m.patch_embed(x))
-    p = o.head(m.norm(m.blocks(t + m.pos_embed))) # [B,N,64*3]
+    t = torch.where(f.mask[:,::8,::8,None], o.token, m.patch_embed(x)) # [B,8,8,D]
+    p = o.head(m.norm(m.blocks(t.flatten(1, 2) + m.pos_embed))) # [B,N,64*3]
     target = x.unfold(2, 8, 8).unfold(3, 8, 8).permute(0,2,3,4,5,1).reshape(3, 64, -1)
     loss = (p-target).abs()[patches].mean()
     torch.testing.assert_close(o(f, x), loss)

@@ -240,7 +240,8 @@ def _say(res, out):
     if secs: print('', 'A fit in seconds, and the MiB that it needs:', secs, sep='\n\n')
     print('', out.resolve(), sep='\n')
     asked = 'photo' not in res['work'] # of masks lightly knows nothing
-    if asked and 'lightly' not in f'{table} {secs}': print('lightly did not take part: pip install "lightly>=1.6" lightning')
+    if asked and 'lightly' not in f'{table} {secs}':
+        print('lightly did not take part: pip install "lightly>=1.6" lightning')
 
 # %% ../../nbs/bench/02_core.ipynb #f8353c8a
 def main(

@@ -1,4 +1,4 @@
-"""Masks and several tasks, timed: batches against fastai's, steps against the operations of their parts, the memory of mIoU
+"""Masks and several tasks, timed: batches against fastai's, steps against their operations, the memory of mIoU
 
 Docs: https://mixfast.github.io/mixfast/bench/dense.html.md"""
 
@@ -124,11 +124,12 @@ def mask_memory_rows(
     "Most memory of a validation over that of one with a tenth of the masks"
     learn,dev = _learner(replace(w, n=min(w.n, 256)), valid=True),default_device()
     dl,peaks = learn.dls.valid,[]
-    for n in (w.valid//10, w.valid//10, w.valid): # the first one is not counted: libraries make room for themselves
+    for n in (w.valid//10, w.valid//10, w.valid): # the first does not count: libraries make room for themselves
         reset_peak_memory(dev)
         with learn.no_bar(): learn.validate(dl=dl.new(get_idxs=lambda n=n: np.arange(n)%len(dl.dataset), n=n))
         peaks.append(peak_memory(dev))
-    return [_row(f'memory of mIoU of {w.valid:,} masks / of a tenth', [peaks[2]/peaks[1]], '<= 1.05')] if peaks[0] else []
+    name = f'memory of mIoU of {w.valid:,} masks / of a tenth'
+    return [_row(name, [peaks[2]/peaks[1]], '<= 1.05')] if peaks[0] else []
 
 # %% ../../nbs/bench/01b_dense.ipynb #82388b49
 def dense_rows(

@@ -52,10 +52,11 @@ def labelled_loss(
 )->Tensor: # Scalar, float32
     "Cross-entropy, the mean over what has a label; 0 where nothing has"
     n = (y!=missing).sum().clamp(min=1)
-    try: l = F.cross_entropy(pred.float(), y.long(), ignore_index=missing, reduction='sum', label_smoothing=smoothing)
+    args = dict(ignore_index=missing, reduction='sum', label_smoothing=smoothing)
+    try: l = F.cross_entropy(pred.float(), y.long(), **args)
     except IndexError as e: raise IndexError(
-        f"targets have class numbers up to {y[y!=missing].max()}, predictions {pred.shape[1]} classes: give all classes "
-        f"a name, masks by MaskBlock(codes), or write {missing} where there is none") from e
+        f"targets have class numbers up to {y[y!=missing].max()}, predictions {pred.shape[1]} classes: give all "
+        f"classes a name, masks by MaskBlock(codes), or write {missing} where there is none") from e
     return l/n
 
 # %% ../../nbs/task/01_heads.ipynb #13ecd9ad

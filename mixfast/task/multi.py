@@ -199,8 +199,9 @@ def _matched(
             raise ValueError(f"task: tasks are {list(tasks)}, and targets {list(kinds)}: give them the same names")
         tasks = {k: tasks[k] for k in kinds}
     for (k,t),kind in zip(tasks.items(), kinds.values()):
-        if t.target not in (None,kind):
-            raise ValueError(f"task: {k!r} is a {type(t).__name__}, which needs targets of kind {t.target!r}, got {kind!r}")
+        if t.target in (None,kind): continue
+        what = f"{k!r} is a {type(t).__name__}, which needs targets of kind {t.target!r}"
+        raise ValueError(f"task: {what}, got {kind!r}")
     return tasks
 
 # %% ../../nbs/task/03_multi.ipynb #916c8f95

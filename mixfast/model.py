@@ -24,7 +24,7 @@ from fastai.torch_core import even_mults, trainable_params
 from timm.utils import unwrap_model
 
 from .objective.core import Objective
-from .objective.features import logits
+from .objective.features import Features, _apart, logits
 
 # %% ../nbs/03_model.ipynb #61f3b773
 class MixOutput(NamedTuple):
@@ -53,9 +53,14 @@ class MixModel(nn.Module):
         o,idle = self.objective,phase=='ssl' and self.training
         feats = (o.encode_mix if phase=='mix' else o.encode)(self.backbone, x)
         first = x if isinstance(x, Tensor) else x[0]
-        pred = first.new_empty(len(first), 0) if idle else logits(self.backbone, o.sl_feats(feats))
+        pred = first.new_empty(len(first), 0) if idle else self._pred(o.sl_feats(feats), first, phase)
         losses = o(feats, x)
         return MixOutput(pred, losses if isinstance(losses, dict) else dict(ssl_loss=losses))
+
+    def _pred(self, feats, x, phase):
+        "What heads say; those that read all features do so in a pass of their own where validation of SSL has fewer"
+        if phase=='ssl' and _apart(self.backbone) and not isinstance(feats, Features): return self.backbone(x)
+        return logits(self.backbone, feats)
 
 # %% ../nbs/03_model.ipynb #8f3320b1
 def phase_loss(

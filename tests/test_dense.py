@@ -5,6 +5,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import matplotlib.pyplot as plt, numpy as np, pytest, timm, torch
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import load_learner
 from fastai.vision.all import (CategoryBlock, DataBlock, Flip, GrandparentSplitter, ImageBlock, MaskBlock, Normalize, PILImage, RandomSplitter, Resize, TensorMask,
@@ -14,7 +15,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import HOT, same, state
-from mixfast.all import (BatchFlip, BatchResizedCrop, Classify, KNNAccuracy, LayerRates, MAE, MeanIoU, MixBlock, Segment, SimMIM, SimSiam, ViewTfms, linear_probe,
+from mixfast.all import (BatchFlip, BatchResizedCrop, Classify, KNNAccuracy, LayerRates, MAE, MeanIoU, MixBlock, Segment, SimMIM, SimSiam, SuperProgressive, ViewTfms, linear_probe,
     mask_folder, mix_dls, mix_learner, transfer)
 
 VOCAB = dict(kind=['low','high'], mask=['ground','thing'])
@@ -155,6 +156,33 @@ def test_lambda_keeps_the_mask():
     xm,ym = d.train.phase('mix').one_batch()
     assert torch.equal(ym, torch.tensor(y['mask'][:8])) and xm.shape==(8,3,32,32)
     fit(learner(d, 'conv'))
+
+@pytest.mark.parametrize('target', ['mask','both'])
+def test_progressive(target):
+    "Masks are as large as the images of a step, and whole in validation"
+    learn = learner(dls(target, size=48), 'conv')
+    sizes = []
+    class Log(Callback):
+        order = 1002
+        def before_batch(self): sizes.append((self.training, self.x.shape[-1], self.yb[-1].shape[-1]))
+    fit(learn, 4, 4, rho=1, cbs=[SuperProgressive(min=24, stages=2, unit=24, warmup_epochs=1, mix=True), Log()])
+    assert {x for t,x,y in sizes if t}>{48} and all(x==y for _,x,y in sizes) and {x for t,x,_ in sizes if not t}=={48}
+
+def test_blend_of_other_sizes(tmp_path):
+    "Images for SSL of another size: masks are those of the mix"
+    d = block(write(tmp_path/'a'), ssl=write(tmp_path/'b', size=48)/'images', ssl_item_tfms=[])
+    x,y = d.train.phase('mix').one_batch()
+    assert x.shape[-2:]==y.shape[-2:]
+
+def test_dict_of_targets():
+    "A loader of other images takes targets by name"
+    learn = learner(dls('both'), 'conv')
+    x,y = scenes(5, seed=9)
+    assert len(learn.validate(dl=learn.dls.test_dl((x,y), with_labels=True)))==4
+
+def test_visible_only_in_ssl():
+    "Patches may be dropped while no task reads them"
+    fit(learner(dls('both'), objective=MAE(visible_only=True)))
 
 def test_unet():
     "fastai's U-Net as it is: its encoder has the features"

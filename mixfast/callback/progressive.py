@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from fastai.callback.core import Callback
 
 from ..checks import _check_whole
+from ..data.blend import _resized_masks
 from ..model import MixModel
 from ..objective.features import body, evaluating
 from ..objective.patches import _share_of
@@ -188,8 +189,11 @@ def restore(self:SuperProgressive):
 # %% ../../nbs/callback/08_progressive.ipynb #ec9f050f
 @patch
 def before_batch(self:SuperProgressive):
-    "Images of a loader that was not told"
-    if self.training and self.on: self.learn.xb = (_shrunk(self.xb[0], self._at(self.iter)[0]), *self.xb[1:])
+    "Images, and masks, of a loader that was not told"
+    if not (self.training and self.on): return
+    x = _shrunk(self.xb[0], self._at(self.iter)[0])
+    self.learn.xb,hw = (x,*self.xb[1:]),_views(x)[0].shape[-2:]
+    self.learn.yb = _resized_masks(self.yb, hw)
 
 @patch
 def after_batch(self:SuperProgressive):

@@ -21,9 +21,12 @@ def _resized(x, hw):
     "Images float [B,C,H,W] of height and width `hw`"
     return x if x.shape[2:]==hw else F.interpolate(x, hw, mode='bilinear', antialias=True)
 
-def _resized_mask(y, hw):
-    "Masks uint8 [B,H,W] of height and width `hw`: to the nearest pixel, since class numbers are never blended"
-    return y if y.shape[1:]==hw else F.interpolate(y[:,None], hw, mode='nearest-exact')[:,0]
+def _resized_masks(ys, hw):
+    "Targets, masks [B,H,W] of class numbers among them of height and width `hw`: to the nearest pixel, never blended"
+    def one(y):
+        if y.ndim!=3 or y.is_floating_point() or y.shape[1:]==hw: return y
+        return F.interpolate(y[:,None].byte(), hw, mode='nearest-exact')[:,0].to(y.dtype)
+    return tuple(map(one, ys))
 
 def blend(
     x_sl, # Labelled images, float [B,C,H,W]
@@ -61,7 +64,7 @@ class Blend(ItemTransform):
         (x,*y),(u,*_) = self.sides(b)
         x = self.mixed(x, u)
         hw = (x[0] if isinstance(x, tuple) else x).shape[-2:]
-        return (x, *[_resized_mask(o, hw) if o.dtype==torch.uint8 else o for o in y])
+        return (x, *_resized_masks(y, hw))
     def decode(self, b, **kwargs): return self.sl.decode(b)
 
 # %% ../../nbs/data/03a_blend.ipynb #7843a19e

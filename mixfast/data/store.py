@@ -161,10 +161,11 @@ def new_empty(self:ImageStore)->ImageStore:
 @patch
 def of(self:ImageStore,
     x, # Other images, uint8 [N,H,W,C]
-    ys=(), # For each target of this store those of these images; none: they have no labels
+    ys=(), # For each target of this store those of these images, or a dict of them; none: they have no labels
 )->ImageStore:
     "A store of other images with targets of the same kind"
     names,vocabs = list(self.targets),{k: t.vocab for k,t in self.targets.items()}
+    if len(ys)==1 and isinstance(ys[0], dict): ys = [ys[0][k] for k in names]
     if names==['']: return ImageStore(x, *ys[:1] or [None], vocabs[''])
     return ImageStore(x, dict(zip(names, ys)) if len(ys) else None, vocabs)
 

@@ -6,9 +6,10 @@ Docs: https://mixfast.github.io/mixfast/paper/diminishing_results.html.md"""
 
 # %% auto #0
 __all__ = ['diminishing', 'diminishing_results', 'grid_table', 'plot_grid', 'way_differences', 'plot_differences', 'returns_by',
-           'write_report']
+           'plot_masks', 'write_report']
 
 # %% ../../nbs/paper/11_diminishing_results.ipynb #a5c36ef5
+import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from ..insight.plot import _finish
 from ..insight.returns import fit_returns
 from .diminishing import SCALES, WAYS, Diminishing, check_scale, describe, diminishing_settings
-from .diminishing_runs import estimate, reproduce
+from .diminishing_runs import _name, estimate, reproduce
 from .records import Paper, add_paper, read_records, record_id
 from .report import Section, save_report
 
@@ -54,6 +55,13 @@ def grid_table(
     return df.assign(way=df.way.map(WAYS)).fillna('')
 
 # %% ../../nbs/paper/11_diminishing_results.ipynb #7351887e
+def _by_masks(ax, n_sl, **kwargs):
+    "Axes over numbers of masks"
+    _finish(ax, xlabel='masks', xscale='log', **kwargs).legend(fontsize=8)
+    ax.set_xticks(sorted(set(n_sl)), [f'{n:,}' for n in sorted(set(n_sl))])
+    ax.minorticks_off()
+    return ax
+
 def plot_grid(
     res:pd.DataFrame, # Rows of one scale of `diminishing_results`
     ax=None, # Where to draw
@@ -64,8 +72,7 @@ def plot_grid(
     for n,g in res[res.way==way].groupby('n'):
         m = g.groupby('n_sl').miou.agg(['mean','sem'])
         ax.errorbar(m.index, m['mean'], yerr=m['sem'], fmt='o-', capsize=3, label=f'{n:,} images')
-    _finish(ax, xlabel='masks', ylabel='mIoU, %', title=WAYS[way], xscale='log').legend(fontsize=8)
-    return ax
+    return _by_masks(ax, res.n_sl, ylabel='mIoU, %', title=WAYS[way])
 
 # %% ../../nbs/paper/11_diminishing_results.ipynb #1ff6a25d
 def way_differences(
@@ -94,8 +101,7 @@ def plot_differences(
         ax.errorbar(g.n_sl*shift, g['mean'], yerr=g.se, fmt='o', capsize=3, label=f'{n:,} images')
     ax.axhline(0, color='grey', lw=1)
     title = f'{WAYS[way]}\nless: {WAYS[than]}'
-    _finish(ax, xlabel='masks', ylabel='difference in mIoU, points', title=title, xscale='log').legend(fontsize=8)
-    return ax
+    return _by_masks(ax, d.n_sl, ylabel='difference in mIoU, points', title=title)
 
 # %% ../../nbs/paper/11_diminishing_results.ipynb #38d65213
 def returns_by(
@@ -122,20 +128,30 @@ def _doubled(res):
 _WHAT = ("Means ± standard errors of mIoU over the whole test split, in per cent. The paper's own figure is a mean "
          "over images in which an absent class counts 0: `image_iou` in the records.")
 
-def _picture(out, scale, e, ax):
-    "Draw what a run has kept"
-    ax.imshow(plt.imread(Path(out)/'masks'/f'{scale}_{e.way}_n{e.n}_{e.n_sl}.png'))
-    ax.set(title=describe(e), yticks=[]); ax.set_xticks([]); ax.title.set_fontsize(8)
-
-def _pictures(out, scale, g):
-    "Figure A1: for each way the run with most images and masks that has kept a picture"
-    for way in g.way.unique():
-        cells = sorted({(n,m) for n,m in zip(g[g.way==way].n, g[g.way==way].n_sl)}, reverse=True)
-        es = [Diminishing(way, n, m) for n,m in cells]
-        e = next((e for e in es if (Path(out)/'masks'/f'{scale}_{e.way}_n{e.n}_{e.n_sl}.png').exists()), None)
-        if e: yield Section(draw=partial(_picture, out, scale, e))
-
 # %% ../../nbs/paper/11_diminishing_results.ipynb #7cb9f76d
+def plot_masks(
+    out, # Folder of records
+    exps, # `Diminishing`s
+    scale:str='paper', # A key of `SCALES`
+    ax=None, # Where to draw
+):
+    "Photos, their masks, a row of predicted ones for each setting. Raises `FileNotFoundError` where none were kept."
+    def read(name): return plt.imread(Path(out)/'masks'/f'{name}.png')
+    px,rows = check_scale(scale)['px'],[read(scale), *[read(_name(e, scale)) for e in exps]]
+    ax = ax or plt.subplots(figsize=(7,1.1*(2+len(exps))))[1]
+    ax.imshow(np.concatenate(rows))
+    names = ['photo','mask', *map(describe, exps)]
+    ax.set_yticks(px*(np.arange(len(names))+0.5), [textwrap.fill(o, 24) for o in names], fontsize=8)
+    ax.tick_params(length=0); ax.set_xticks([]); ax.spines[:].set_visible(False)
+    return ax
+
+def _kept(out, scale, g):
+    "Settings with most masks, and no or most images, whose pictures are there"
+    n_sl,ns = g.n_sl.max(),{g.n.min(),g.n.max()}
+    es = [Diminishing(w, n, n_sl) for w in g.way.unique() for n in sorted(ns)]
+    return [e for e in es if (Path(out)/'masks'/f'{_name(e, scale)}.png').exists()]
+
+# %% ../../nbs/paper/11_diminishing_results.ipynb #b5a5cc11
 _PAIRS = ('scenes','direct'), ('mix','direct'), ('mix_scenes','mix'), ('mix_scenes','direct') # That are compared
 
 def _differences_table(d):
@@ -158,9 +174,9 @@ def _sections(out, res):
             yield Section(draw=partial(plot_differences, g, way=way, than=than))
         doubled = pd.DataFrame(_doubled(g))
         if len(doubled): yield Section('Twice as many', 'By a law of diminishing returns, fitted to the runs.', doubled)
-        pictures = list(_pictures(out, scale, g))
-        if pictures: yield Section('Images, their masks, and what was predicted', 'Of the first seed.')
-        yield from pictures
+        es = _kept(out, scale, g)
+        if es: yield Section('Photos, their masks, and what was predicted', 'Of the first seed.')
+        if es: yield Section(draw=partial(plot_masks, out, es, scale))
 
 def write_report(
     out, # Folder of records; report.md and report.html are written there, with pictures

@@ -95,15 +95,21 @@ def prepared_backbone(
 # %% ../../nbs/paper/10_diminishing_runs.ipynb #0c7bd281
 _COLORS = np.uint8(255*colormaps['viridis'](np.linspace(0, 1, 3))[:,:3]) # of pet, background, border
 
-def _keep_picture(learn, f, k=6):
-    "Images, true masks and predicted ones, a row each, of the first of the validation set, as a PNG"
+def _name(e, scale):
+    "What files of a cell of the grid are called"
+    return f'{scale}_{e.way}_n{e.n}_{e.n_sl}'
+
+def _keep_picture(learn, folder, scale, name, k=6):
+    "The first of the validation set as PNGs: images above their true masks, the same for all; predicted masks"
     ds,x = learn.dls.valid_ds,learn.dls.valid.one_batch()[0][:k]
     with evaluating(learn.model): pred = learn.model(x)
     pred = (pred[0] if isinstance(pred, tuple) else pred).argmax(1).cpu()
     true = next(iter(ds.targets.values())).y[:k].cpu()
-    rows = [ds.x[:k].cpu().numpy(), *[_COLORS[o.numpy()] for o in (true,pred)]]
-    f.parent.mkdir(exist_ok=True)
-    Image.fromarray(np.concatenate([np.concatenate(list(o), 1) for o in rows])).save(f)
+    def row(o): return np.concatenate(list(o), 1)
+    folder.mkdir(exist_ok=True)
+    given = [row(ds.x[:k].cpu().numpy()), row(_COLORS[true.numpy()])]
+    Image.fromarray(np.concatenate(given)).save(folder/f'{scale}.png')
+    Image.fromarray(row(_COLORS[pred.numpy()])).save(folder/f'{name}.png')
 
 # %% ../../nbs/paper/10_diminishing_runs.ipynb #e308be0c
 def _scores(learn):
@@ -131,7 +137,7 @@ def run_diminishing(
     dev = torch.device(learn.dls.device)
     reset_peak_memory(dev)
     _quietly(learn, learn.fit_mixtraining, **mask_args(e, scale), cbs=[_Course(1), *(cbs or [])])
-    if seed==0 and not hold_out: _keep_picture(learn, Path(out)/'masks'/f'{scale}_{e.way}_n{e.n}_{e.n_sl}.png')
+    if seed==0 and not hold_out: _keep_picture(learn, Path(out)/'masks', scale, _name(e, scale))
     cost['masks'] = _cost(learn)
     total = {k: sum(o[k] for o in cost.values()) for k in ('petaflop','seconds')}
     s = check_scale(scale)

@@ -20,6 +20,7 @@ def work(nb, log):
     f = os.open(log, os.O_WRONLY|os.O_CREAT)
     for fd in (1,2): os.dup2(f, fd)
     from nbdev.test import nbdev_test
+    multiprocessing.set_start_method(None, force=True) # as where nobody has asked for one
     nbdev_test(str(nb))
 
 def run(ctx, nb, log):

@@ -48,7 +48,11 @@ def images(self:MaskWork)->tuple: # uint8 [n,px,px,3]; dict of class numbers [n]
     return x, dict(kind=np.arange(self.n)%3, mask=x[...,0]//86)
 
 @patch
-def dls(self:MaskWork, targets=('mask',), valid=False, **kwargs):
+def dls(self:MaskWork,
+    targets=('mask',), # Names of targets
+    valid:bool=False, # Validate on the same images?
+    **kwargs # For `mix_dls`
+):
     "Loaders of the images with some of their targets"
     x,ys = self.images()
     y,vocab = {k: ys[k] for k in targets},{k: list('abc') for k in targets}

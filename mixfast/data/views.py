@@ -196,7 +196,11 @@ class ViewTfms:
         "View `i` of each image"
         return self.both(x, i=i)[0]
 
-    def both(self, x, *masks, i=0):
+    def both(self,
+        x, # Images, uint8 or float in 0..255 [B,C,H,W]
+        *masks, # uint8 [B,H,W] each
+        i:int=0, # Number of the view
+    )->tuple: # View `i` of each image, float in 0..255 [B,C,h,w]; the masks
         "The same, and masks moved likewise, see `_augmented`"
         pipes,x = self.small if max(x.shape[-2:])<=32 else self.pipes,x.float()
         for f in pipes[min(i, len(pipes)-1)]: x,*masks = _augmented(f, x, *masks)

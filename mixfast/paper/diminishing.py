@@ -150,8 +150,10 @@ def _some_scenes(seed, path, scale, load):
 def pool_dls(
     e:Diminishing, # Any
     seed:int, # Of the batches
-    path, # As in `mask_dls`; likewise:
-    scale:str='paper', load=None, device=None,
+    path, # As in `mask_dls`
+    scale:str='paper', # Likewise
+    load=None, # Likewise
+    device=None, # Likewise
 ):
     "Loaders of the images without labels"
     x = (load or _load)('pool', path, check_scale(scale)['px'], e.n)
@@ -159,8 +161,10 @@ def pool_dls(
 
 def scene_dls(
     seed:int, # Of the batches
-    path, # As in `mask_dls`; likewise:
-    scale:str='paper', load=None, device=None,
+    path, # As in `mask_dls`
+    scale:str='paper', # Likewise
+    load=None, # Likewise
+    device=None, # Likewise
 ):
     "Loaders of scenes and their classes"
     x,y,names = _scenes(path, scale, load)
@@ -200,7 +204,8 @@ def pool_learner(
 def scene_learner(
     dls, # Of `scene_dls`
     backbone, # It is trained
-    scale:str='paper', bf16:bool=True, # As in `pool_learner`
+    scale:str='paper', # As in `pool_learner`
+    bf16:bool=True, # Likewise
 ):
     "A learner for the step in between"
     return _learner(dls, backbone, scale, bf16, task=Classify())
@@ -208,7 +213,8 @@ def scene_learner(
 def mask_learner(
     dls, # Of `mask_dls`
     backbone, # It is trained
-    scale:str='paper', bf16:bool=True, # As in `pool_learner`
+    scale:str='paper', # As in `pool_learner`
+    bf16:bool=True, # Likewise
 ):
     "A learner for masks, and for scenes if `dls` have them: one linear layer a task"
     iou = MeanIoU(vocab=dls.vocab if isinstance(dls.vocab, list) else None)

@@ -90,7 +90,7 @@ def plot_differences(
     res:pd.DataFrame, # Rows of one scale of `diminishing_results`
     ax=None, # Where to draw
     way:str='scenes', # As in `way_differences`
-    than:str='direct',
+    than:str='direct', # Likewise
 ):
     "Differences in mIoU by cell, means and standard errors"
     ax = ax or plt.subplots(figsize=(5,3.5))[1]

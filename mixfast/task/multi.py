@@ -140,12 +140,16 @@ def _weighted(self:TaskLoss, pred, y):
 def _each(f, pred): return tuple(map(f, pred)) if isinstance(pred, tuple) else f(pred)
 
 @patch
-def activation(self:TaskLoss, pred):
+def activation(self:TaskLoss,
+    pred, # Of the model
+): # As many
     "Probabilities"
     return _each(lambda o: o.softmax(1), pred)
 
 @patch
-def decodes(self:TaskLoss, pred):
+def decodes(self:TaskLoss,
+    pred, # Of the model, or probabilities
+): # As many, int
     "Class numbers"
     return _each(lambda o: o.argmax(1), pred)
 

@@ -188,8 +188,8 @@ def _simmim(scale):
     "Half of the patches hidden, one by one"
     return SimMIM(0.5, block=check_scale(scale)['model'].get('patch_size', 16))
 
-def _learner(dls, m, scale, bf16, **kwargs):
-    learn = mix_learner(dls, m, _simmim(scale), **kwargs)
+def _learner(dls, m, scale, bf16, objective=None, **kwargs):
+    learn = mix_learner(dls, m, objective or _simmim(scale), **kwargs)
     return learn.to_bf16() if bf16 else learn
 
 def pool_learner(
@@ -219,8 +219,8 @@ def mask_learner(
     "A learner for masks, and for scenes if `dls` have them: one linear layer a task"
     iou = MeanIoU(vocab=dls.vocab if isinstance(dls.vocab, list) else None)
     metrics,task = [iou, PixelAccuracy(255, of=iou), ImageIoU()],Segment('linear')
-    if len(dls.train_ds.targets)==1: return _learner(dls, backbone, scale, bf16, task=task, metrics=metrics)
-    return _learner(dls, backbone, scale, bf16, task=dict(mask=task, scene=Classify()), metrics=dict(mask=metrics))
+    if len(dls.train_ds.targets)>1: task,metrics = dict(mask=task, scene=Classify()),dict(mask=metrics)
+    return _learner(dls, backbone, scale, bf16, 'ae', task=task, metrics=metrics)
 
 # %% ../../nbs/paper/09_diminishing.ipynb #f1ca139b
 def mask_args(

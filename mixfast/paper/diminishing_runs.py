@@ -56,6 +56,7 @@ def _kept(
 def _pretrain(e, seed, path, scale, bf16, load, device):
     "The training that `_kept` asks for, on images without labels"
     def train(m, folder):
+        set_seed(seed) # whatever was trained or read before
         learn = pool_learner(pool_dls(e, seed, path, scale, load, device), m, scale, bf16)
         args = dict(e_ssl=check_scale(scale)['e_ssl'], recipe=RECIPES['ssl'])
         _quietly(learn, learn.fit_ssl, **args, checkpoint=folder, resume=True)
@@ -65,6 +66,7 @@ def _pretrain(e, seed, path, scale, bf16, load, device):
 def _classify(seed, path, scale, bf16, load, device):
     "Likewise, on scenes"
     def train(m, folder):
+        set_seed(seed)
         learn = scene_learner(scene_dls(seed, path, scale, load, device), m, scale, bf16)
         args = dict(e_sl=check_scale(scale)['e_scenes'], recipe=RECIPES['scenes'])
         _quietly(learn, learn.fit_sl, **args, checkpoint=folder, resume=True)

@@ -23,12 +23,12 @@ from mixfast.data.labels import few_labels
 from mixfast.data.masks import oxford_pets
 from mixfast.data.mix import mix_dls
 from mixfast.insight.cost import _device
-from mixfast.insight.parallel import _in_processes, _line, _watched
+from mixfast.insight.parallel import _line
 from mixfast.learner import mix_learner
 from mixfast.paper.efficient_ssl import EfficientSSL, _backbone
-from mixfast.paper.records import add_record, read_records
+from mixfast.paper.records import read_records
 from mixfast.paper.report import Section, save_report
-from mixfast.paper.running import _Course, _image_seconds, _where
+from mixfast.paper.running import _Course, _image_seconds, _where, run_or_list
 from mixfast.phases import MixPlan
 from mixfast.task.heads import Classify
 from mixfast.task.segment import Segment
@@ -163,9 +163,5 @@ def main(
     f = out/f'{data}.jsonl'
     done = {(Run(**r['exp']), r['seed'], r['hold_out']) for r in read_records(f)}
     todo = [(r,s) for s in range(seeds) for r in runs_of(data) if only in describe(r) and (r,s,hold_out) not in done]
-    if dry_run:
-        secs = {r: seconds_of(r, path, n, hold_out, not fp32) for r in dict.fromkeys(r for r,_ in todo)}
-        for r,s in todo: print(f'seed {s}  {secs[r]/60:.1f} minutes  {describe(r)}')
-        return print(f'{len(todo)} runs, one after the other {sum(secs[r] for r,_ in todo)/60:.0f} minutes: an estimate')
-    results = _in_processes(partial(run, path, n, hold_out, not fp32), todo, jobs)
-    for r in _watched(results, len(todo), said): add_record(f, r)
+    def secs(r): return seconds_of(r, path, n, hold_out, not fp32)
+    run_or_list(todo, partial(run, path, n, hold_out, not fp32), secs, describe, f, said, jobs, dry_run)

@@ -22,14 +22,14 @@ from mixfast.data.labels import fraction
 from mixfast.data.mix import mix_dls
 from mixfast.insight.cost import _device
 from mixfast.insight.evaluate import KNNAccuracy, linear_probe
-from mixfast.insight.parallel import _in_processes, _line, _watched
+from mixfast.insight.parallel import _line
 from mixfast.insight.plot import _finish
 from mixfast.learner import mix_learner
 from mixfast.paper.efficient_runs import _Course, _petaflops
 from mixfast.paper.efficient_ssl import METHODS, EfficientSSL, _backbone, _load, _objective
-from mixfast.paper.records import add_record, read_records
+from mixfast.paper.records import read_records
 from mixfast.paper.report import Section, save_report
-from mixfast.paper.running import _image_seconds, _where
+from mixfast.paper.running import _image_seconds, _where, run_or_list
 from mixfast.phases import MixPlan
 from mixfast.schedule import Recipe, get_recipe
 
@@ -206,10 +206,5 @@ def main(
     f,todo = out/f'{part}.jsonl',runs_of(part, objective or (best_of(out) if part=='d' else ''))
     done = {(Run(**r['exp']), r['seed']) for r in read_records(f)}
     todo = [(r,s) for s in range(seeds) for r in todo if only in describe(r) and (r,s) not in done]
-    if dry_run:
-        secs = {r: seconds_of(r, path, hold_out, not fp32) for r in dict.fromkeys(r for r,_ in todo)}
-        for r,s in todo: print(f'seed {s}  {secs[r]/60:.1f} minutes  {describe(r)}')
-        total = sum(secs[r] for r,_ in todo)/60
-        return print(f'{len(todo)} runs, one after the other {total:.0f} minutes: an estimate')
-    results = _in_processes(partial(run, path, hold_out, not fp32), todo, jobs)
-    for r in _watched(results, len(todo), said): add_record(f, r)
+    def secs(r): return seconds_of(r, path, hold_out, not fp32)
+    run_or_list(todo, partial(run, path, hold_out, not fp32), secs, describe, f, said, jobs, dry_run)

@@ -19,7 +19,7 @@ from fastai.vision.data import DataBlock, ImageBlock, MaskBlock, Normalize, get_
 from fastcore.basics import patch
 from PIL import Image
 
-from .steps import _row, _share, _timed
+from .steps import _mix_row, _row, _timed
 from ..data.augment import BatchCrop, BatchFlip
 from ..data.mix import mix_dls
 from ..insight.cost import _steps # and learn.mix.step_times
@@ -115,10 +115,8 @@ def dense_step_rows(
     res = []
     for o,arch in (('ae',w.model), ('simmim','vit_5m')):
         mix = _learner(w, model=arch, objective=o).mix
-        f,t = mix.step_flops(),mix.step_times(n)
-        limit = f['mix']/(f['ssl']+f['sl'])
-        res.append(_row(f'masks, {o}, {arch}: mix step / (SSL step + SL step)', _share(t['mix'], t['ssl'], t['sl']),
-                        f'<= {1.05*limit:.3f}', limit))
+        name = f'masks, {o}, {arch}: mix step / (SSL step + SL step)'
+        res.append(_mix_row(name, mix.step_flops(), mix.step_times(n)))
     return res + _second_head_rows(w, n)
 
 # %% ../../nbs/bench/01b_dense.ipynb #29e7d2dc

@@ -24,6 +24,7 @@ from ..data.masks import oxford_pets
 from ..data.mix import mix_dls
 from ..learner import mix_learner
 from ..objective.simmim import SimMIM
+from .records import _scale_of
 from ..schedule import Hypers, Recipe
 from ..task.confusion import ImageIoU, LabelAccuracy, MeanIoU, PixelAccuracy
 from ..task.heads import Classify
@@ -55,8 +56,7 @@ def check_scale(
     scale:str, # A key of `SCALES`
 )->dict: # Its values
     "What a scale means. Raises `ValueError` if there is none of that name."
-    if scale not in SCALES: raise ValueError(f"scale must be one of {list(SCALES)}, got {scale!r}")
-    return SCALES[scale]
+    return _scale_of(SCALES, scale)
 
 # %% ../../nbs/paper/09_diminishing.ipynb #1c624fad
 def diminishing_settings(

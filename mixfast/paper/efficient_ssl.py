@@ -25,7 +25,7 @@ from ..insight.evaluate import KNNAccuracy
 from ..learner import mix_learner
 from ..objective.choose import objectives
 from ..objective.hard import HardAugment
-from .records import _rows_meant
+from .records import _rows_meant, _scale_of
 from ..schedule import get_recipe
 
 # %% ../../nbs/paper/06_efficient_ssl.ipynb #8cfa1ae9
@@ -107,8 +107,7 @@ def check_scale(
     scale:str, # A key of `SCALES`
 )->dict: # Its values
     "What a scale means. Raises `ValueError` if there is none of that name."
-    if scale not in SCALES: raise ValueError(f"scale must be one of {list(SCALES)}, got {scale!r}")
-    return SCALES[scale]
+    return _scale_of(SCALES, scale)
 
 def full_size(
     e:EfficientSSL, # Any

@@ -23,7 +23,7 @@ from ..data.mix import mix_dls
 from ..data.datasets import cifar10, cifar100, fraction, noisy_labels, tinyimagenet
 from ..insight.compare import METHODS
 from ..learner import mix_learner
-from .records import _rows_meant
+from .records import _rows_meant, _scale_of
 from ..schedule import Recipe, get_recipe
 
 # %% ../../nbs/paper/02_mixtraining.ipynb #c01f74be
@@ -129,8 +129,7 @@ def check_scale(
     scale:str, # A key of `SCALES`
 )->dict: # Its values
     "What a scale means. Raises `ValueError` if there is none of that name."
-    if scale not in SCALES: raise ValueError(f"scale must be one of {list(SCALES)}, got {scale!r}")
-    return SCALES[scale]
+    return _scale_of(SCALES, scale)
 
 # %% ../../nbs/paper/02_mixtraining.ipynb #343ac1af
 def scaled(

@@ -177,3 +177,12 @@ def _rows_meant(
         if bad := set(v)-set(known): raise ValueError(f"{name} must be one of {known}, got {sorted(bad)}")
         df = df[df[col].isin(v)]
     return df
+
+# %% ../../nbs/paper/00_records.ipynb #5ff76948
+def _scale_of(
+    scales:dict, # By name
+    scale:str, # One of the names
+):
+    "What a paper means by a scale. Raises `ValueError` if it has none of that name."
+    if scale not in scales: raise ValueError(f"scale must be one of {list(scales)}, got {scale!r}")
+    return scales[scale]

@@ -35,7 +35,9 @@ from .callback.owner import _explained, _mixing
 from .callback.rates import MixScheduler
 from .callback.recorder import MixRecorder
 from .callback.settings import _fit_settings
-from .data.mix import phase_dl
+from .callback.share import GradShare
+from .data.joint import JointDL
+from .data.mix import _mixed_as, phase_dl
 from .model import _new_opt, _pair_up, fused_adamw, mix_splitter
 from .objective.choose import set_up
 from .objective.features import body, find_layout
@@ -108,6 +110,29 @@ def _recipe_of(learn, recipe=None):
     o = learn.mix
     return get_recipe(recipe or ('vit_t' if o.kind=='tokens' else 'siamese' if o.objective.views>1 else 'resnet18'))
 
+# %% ../nbs/04_learner.ipynb #e9960f07
+def _check_accumulation(learn, plan, cbs):
+    "Raise `ValueError` where `GradientAccumulation` would count the labelled images of joint batches alone"
+    if not any(isinstance(cb, GradientAccumulation) for cb in cbs): return
+    if any(p.name=='mix' and isinstance(phase_dl(learn.dls, 'mix'), JointDL) for p in plan.phases): raise ValueError(
+        "GradientAccumulation counts the labelled images of a batch, and in a joint batch most have no label: use "
+        "mix='blend', or larger batches")
+
+def _checked(learn, plan, recipe, sl_sched, carry_opt, cbs):
+    "The `Recipe` of a fit. Raises `ValueError` or `TypeError` where data, model, recipe and `cbs` do not go together."
+    _check_data(learn.dls, plan)
+    learn.to_mix()
+    _check_enough(learn, plan)
+    cbs = learn.cbs+cbs
+    _check_accumulation(learn, plan, cbs)
+    _dry_run(learn, plan, cbs)
+    if getattr(learn.opt, 'frozen_idx', 0): learn.unfreeze()
+    r = _recipe_of(learn, recipe)
+    _check_recipe(r, plan, sl_sched, carry_opt)
+    for cb in cbs:
+        if hasattr(type(cb), 'check_fit'): cb.check_fit(learn, plan, r)
+    return r
+
 # %% ../nbs/04_learner.ipynb #dcbe0af8
 @patch
 def fit_mixtraining(self:Learner,
@@ -119,6 +144,8 @@ def fit_mixtraining(self:Learner,
     recipe=None, # A `Recipe` or its name; default: 'vit_t' for tokens; for maps 'resnet18', or 'siamese' if views>1
     sl_sched:str='shared', # 'shared': one schedule over mix and SL; 'restart': one for each
     carry_opt:bool=False, # Carry the optimizer's state from the SSL phase into the supervised ones
+    mix:str=None, # 'blend' or 'joint', see `mix_dls`; default: as the loaders are
+    balance:bool=False, # Scale both losses of the mix phase so that `alpha` is the SSL loss's share of the gradient
     on_nan:str='stop', # What a loss that is not finite does: 'stop' the fit, or 'skip' the step
     cbs=None, # Callbacks, as in any fit
     checkpoint=None, # Folder for checkpoints; None: none are written
@@ -130,28 +157,21 @@ def fit_mixtraining(self:Learner,
     _meet(self)
     plan,seeds,guard = MixPlan(e_ssl, e_sl, rho),Seeds(),FiniteGuard(on_nan)
     cbs = L(cbs).map(lambda o: o() if isinstance(o, type) else o)
-    phases = Phases(plan, alpha, alpha_sched, carry_opt)
-    _check_data(self.dls, plan)
+    phases,share = Phases(plan, alpha, alpha_sched, carry_opt),GradShare(balance)
     _check_sl_sched(sl_sched)
     if recipe is not None: get_recipe(recipe)
     if resume and checkpoint is None: raise ValueError("resume=True needs checkpoint, the folder to resume from")
     ckpt = None if checkpoint is None else Checkpoint(checkpoint, every, every_steps)
-    self.to_mix()
-    _check_enough(self, plan)
-    _dry_run(self, plan, self.cbs+cbs)
-    if getattr(self.opt, 'frozen_idx', 0): self.unfreeze()
-    r = _recipe_of(self, recipe)
-    _check_recipe(r, plan, sl_sched, carry_opt)
-    for cb in self.cbs+cbs:
-        if hasattr(type(cb), 'check_fit'): cb.check_fit(self, plan, r)
-    ours = L(phases, seeds, guard, MixScheduler(plan, r.ssl, r.sl, sl_sched), ObjectiveStep(), CollapseWatch(),
-             *L(ckpt))
-    with _mixing(self, seeds, cbs), _metrics_rest(self):
-        s = self.mix.settings = _fit_settings(self, phases, r, sl_sched, cbs)
-        with _explained(self, phases), _distributed(self, s), _checkpointing(self, ckpt, s, resume):
-            _check_gathering(self, plan, self.cbs+cbs)
-            _new_opt(self)
-            self.fit(plan.n_epoch, cbs=ours+cbs)
+    with _mixed_as(self.dls, mix):
+        r = _checked(self, plan, recipe, sl_sched, carry_opt, cbs+share)
+        ours = L(phases, seeds, guard, share, MixScheduler(plan, r.ssl, r.sl, sl_sched), ObjectiveStep(),
+                 CollapseWatch(), *L(ckpt))
+        with _mixing(self, seeds, cbs), _metrics_rest(self):
+            s = self.mix.settings = _fit_settings(self, phases, r, sl_sched, cbs, balance)
+            with _explained(self, phases), _distributed(self, s), _checkpointing(self, ckpt, s, resume):
+                _check_gathering(self, plan, self.cbs+cbs)
+                _new_opt(self)
+                self.fit(plan.n_epoch, cbs=ours+cbs)
     self.mix.skipped = guard.skipped
 
 # %% ../nbs/04_learner.ipynb #699098a1

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn, Tensor
+from torch.utils._pytree import tree_map
 from fastcore.foundation import L
 from fastcore.xtras import is_listy
 from fastai.learner import Learner
@@ -33,6 +34,28 @@ class MixOutput(NamedTuple):
     losses:dict # The objective's losses, scalars by name; where it is idle, none
 
 # %% ../nbs/03_model.ipynb #01913f5c
+def _of_first(feats, n=None):
+    "The features of the first `n` images; None: of all"
+    return feats if n is None else feats.first(n) if isinstance(feats, Features) else feats[:n]
+
+def _n_sl(phase, yb):
+    "What a `MixModel` is told of a batch: in the mix phase, how many of its images have labels"
+    return dict(n_sl=len(yb[0])) if phase=='mix' and len(yb) else {}
+
+def _branches(feats, seen=None):
+    "Features twice: for the objective and for the heads, whose gradients `seen` is told of, if it is there"
+    if seen is None: return feats,feats
+    def branch(i):
+        own = {}
+        def one(t):
+            if not (isinstance(t, Tensor) and t.requires_grad): return t
+            if id(t) not in own:
+                own[id(t)] = t.view_as(t)
+                own[id(t)].register_hook(partial(seen, i))
+            return own[id(t)]
+        return tree_map(one, feats)
+    return branch(0),branch(1)
+
 class MixModel(nn.Module):
     "A model as the user made it, and an objective that shares its backbone: how they are wrapped during a fit"
     def __init__(self,
@@ -45,6 +68,8 @@ class MixModel(nn.Module):
     def forward(self,
         x, # Images, float [B,C,H,W]; for an objective with several `views` a tuple of them
         phase=None, # 'ssl', 'mix' or 'sl'; None: be the user's model
+        n_sl:int=None, # Images that heads read, the first ones: those of a joint batch that have labels. None: all
+        seen=None, # Function of 0 (the objective) or 1 (the heads) and of the gradient that comes back from it
     ): # `MixOutput`; without a phase the plain prediction
         "What a step of `phase` needs, in one pass of the backbone"
         if phase in (None,'sl'):
@@ -52,9 +77,10 @@ class MixModel(nn.Module):
             return pred if phase is None else MixOutput(pred, {})
         o,idle = self.objective,phase=='ssl' and self.training
         feats = (o.encode_mix if phase=='mix' else o.encode)(self.backbone, x)
+        ssl,sl = _branches(feats, seen)
         first = x if isinstance(x, Tensor) else x[0]
-        pred = first.new_empty(len(first), 0) if idle else self._pred(o.sl_feats(feats), first, phase)
-        losses = o(feats, x)
+        pred = first.new_empty(len(first), 0) if idle else self._pred(_of_first(o.sl_feats(sl), n_sl), first, phase)
+        losses = o(ssl, x)
         return MixOutput(pred, losses if isinstance(losses, dict) else dict(ssl_loss=losses))
 
     def _pred(self, feats, x, phase):
@@ -69,6 +95,7 @@ def phase_loss(
     loss_func, # Of prediction and targets, as the user's learner has it; with `parts` that of several tasks
     phase:str, # 'ssl', 'mix' or 'sl'
     alpha:float=0.5, # Weight of the self-supervised loss in the mix phase, in [0,1]
+    scales:tuple=(1.,1.), # What both losses are multiplied with beside their weights, see `GradShare`
 )->tuple: # The loss, a scalar; and a dict of what it is made of: 'ssl_loss', 'sl_loss', and what the objective names
     "The loss of a step: Eq. 3 in the mix phase"
     parts = dict(out.losses)
@@ -77,7 +104,9 @@ def phase_loss(
         tasks = loss_func.parts(out.pred, *yb) if hasattr(loss_func, 'parts') else {} # of several, see `TaskLoss`
         l = sum(tasks.values()) if tasks else loss_func(out.pred, *yb)
         parts |= {**tasks, 'sl_loss': l.as_subclass(Tensor)} # fastai's own kind is slower
-    if phase=='mix': return alpha*parts['ssl_loss'] + (1-alpha)*parts['sl_loss'], parts
+    if phase=='mix':
+        a,b = scales
+        return alpha*a*parts['ssl_loss'] + (1-alpha)*b*parts['sl_loss'], parts
     return parts[f'{phase}_loss'], parts
 
 # %% ../nbs/03_model.ipynb #027a79c5

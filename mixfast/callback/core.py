@@ -21,9 +21,10 @@ from timm.utils import unwrap_model
 
 from .distributed import _once, _ranks
 from ..checks import _check_seed
+from ..data.joint import JointDL
 from ..data.loader import SeededDL, _number_at
 from ..data.mix import phase_dl, valid_dl
-from ..model import phase_loss
+from ..model import _n_sl, phase_loss
 from ..objective.core import Objective
 from ..phases import MixPlan
 from ..schedule import _check_alpha, alpha_at
@@ -33,12 +34,13 @@ def _one_batch(learn):
     "What fastai's `_do_one_batch` does, with the model and the loss of the phase"
     ph = learn.phases
     phase = ph.now.name if learn.training or ph.now.name=='ssl' else 'sl'
-    out = learn.model(*learn.xb, phase=phase)
+    share = getattr(learn, 'grad_share', None) if phase=='mix' and learn.training else None
+    out = learn.model(*learn.xb, phase=phase, **_n_sl(phase, learn.yb), **(dict(seen=share.seen) if share else {}))
     learn.pred = out.pred
     learn._call_one('after_pred')
     if len(learn.yb):
         learn.loss_grad,learn.losses = phase_loss(out._replace(pred=learn.pred), learn.yb, learn.loss_func, phase,
-                                                  ph.alpha)
+                                                  ph.alpha, share.scales if share else (1.,1.))
         learn.loss = learn.loss_grad.detach().clone() # fastai's has a graph, which nobody reads
     learn._call_one('after_loss')
     if learn.training and len(learn.yb): learn._do_grad_opt()
@@ -125,7 +127,8 @@ def _tell(self:Phases, cb):
     "Tell a callback of fastai that a phase has begun"
     if isinstance(cb, GradientAccumulation): cb.count = 0 # what it had gathered is dropped
     several = self.now.ssl and self._views()[0]>1
-    if isinstance(cb, MixHandler): cb.run = self.now.sl and not several # it blends one batch, not each view
+    whole = not (several or self.now.name=='mix' and isinstance(phase_dl(self.dls, 'mix'), JointDL))
+    if isinstance(cb, MixHandler): cb.run = self.now.sl and whole # it blends one batch, all of which has labels
     if isinstance(cb, TrackerCallback):
         cb.run = self.now.sl or self.plan.e_sl==0 or bool(getattr(cb, 'every_epoch', False))
         if cb.monitor=='train_loss': cb.best = math.inf if cb.comp(0,1) else -math.inf

@@ -148,6 +148,12 @@ def _sizes(x):
     "The shape of each view of a batch"
     return tuple(tuple(o.shape) for o in (x if isinstance(x, (tuple,list)) else [x]))
 
+def _kind(phase, x, yb=()):
+    "What two training steps of one cost have in common: the phase, the sizes, and how many have labels, if not all"
+    sizes = _sizes(x)
+    part = phase=='mix' and len(yb) and len(yb[0])<sizes[0][0]
+    return (phase, sizes, len(yb[0])) if part else (phase, sizes)
+
 # %% ../../nbs/callback/03_recorder.ipynb #c1d22a87
 @patch
 def after_batch(self:MixRecorder):
@@ -160,7 +166,7 @@ def after_batch(self:MixRecorder):
         if k not in self.sums: self.sums[k] = torch.zeros((), device=v.device)
         self.sums[k].add_(v.detach(), alpha=bs)
     self.n += bs
-    self.new_steps[self.phase, _sizes(self.xb[0])] += 1
+    self.new_steps[_kind(self.phase, self.xb[0], self.yb)] += 1
     now = dict(epoch=self.epoch+self.iter/self.n_iter, lr=self.recorder.lrs[-1], alpha=self.phases.alpha)
     for k,v in now.items(): self.sched[k].append(v)
 
@@ -260,7 +266,7 @@ def load_state_dict(self:MixRecorder, state):
     "Go on with this history"
     rec,dev = self.recorder,next(self.model.parameters()).device
     self.rows,self.sched,self.on_cpu = state['rows'],state['sched'],state['on_cpu']
-    self.n_steps = Counter({(p, tuple(map(tuple, o))): n for p,o,n in state.get('steps', ())})
+    self.n_steps = Counter({(p, tuple(map(tuple, o)), *k): n for p,o,*k,n in state.get('steps', ())})
     for k in _recorder_attrs: setattr(rec, k, state['recorder'][k])
     rec.losses[self.on_cpu:] = [o.to(dev) for o in rec.losses[self.on_cpu:]]
     rec.smooth_loss.count,rec.smooth_loss.val = state['smooth']

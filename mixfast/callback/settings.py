@@ -47,7 +47,8 @@ def _tfms_of(dl):
 # %% ../../nbs/callback/04_settings.ipynb #3fb591eb
 def _data_settings(dls, world_size=1, tfms=None)->dict:
     "What the loaders of a fit do; `tfms` is the objective's set of views"
-    data = {k: vars(dls).get(k) for k in ('seed','lam')} | dict(valid=_fingerprint(dls.valid, world_size))
+    opts = getattr(dls.train, 'opts', {})
+    data = dict(seed=vars(dls).get('seed'), **{k: opts.get(k) for k in ('lam','mix','sl_bs')}) | dict(valid=_fingerprint(dls.valid, world_size))
     data |= {n: _fingerprint(phase_dl(dls, n), world_size) for n in ('ssl','mix','sl')}
     return data | {f'{n}_tfms': _tfms_of(phase_dl(dls, n, tfms=tfms)) for n in ('ssl','sl')}
 
@@ -92,12 +93,13 @@ def _callback_settings(cbs):
     return sorted(_as_typed(cb) for cb in cbs if isinstance(cb, Callback) and not _only_watches(cb)) or None
 
 # %% ../../nbs/callback/04_settings.ipynb #9baf92c7
-def _fit_settings(learn, phases, recipe, sl_sched, cbs=None)->dict:
+def _fit_settings(learn, phases, recipe, sl_sched, cbs=None, balance=False)->dict:
     "All settings of a fit by name, as JSON can hold them"
     amp,opt = getattr(learn, 'mixed_precision', None),learn.opt_func(learn.splitter(learn.model), lr=0.)
     objective = learn.mix.objective.settings()
     fit = {k: getattr(phases.plan, k) for k in ('e_ssl','e_sl','rho')}
-    fit |= dict(alpha=phases.mix_alpha, alpha_sched=phases.alpha_sched, carry_opt=phases.carry_opt, sl_sched=sl_sched)
+    fit |= dict(alpha=phases.mix_alpha, alpha_sched=phases.alpha_sched, balance=balance, carry_opt=phases.carry_opt,
+               sl_sched=sl_sched)
     return dict(**fit, recipe=asdict(recipe), objective=objective.pop('name'), objective_settings=objective,
                 optimizer=type(getattr(opt, 'opt', opt)).__name__, precision=amp.amp_mode.value if amp else 'fp32',
                 wd_bn_bias=learn.wd_bn_bias, loss=type(learn.loss_func).__name__,

@@ -87,9 +87,10 @@ class BlendDL(SeededDL):
         **kwargs # For `SeededDL`
     ):
         self.sides,self.lam = (sl,ssl),lam
-        kwargs['after_batch'] = Blend(sl.after_batch, ssl.after_batch, lam, to_ssl=ssl.view_tfms is not None)
+        kwargs['after_batch'] = self._prep(sl.after_batch, ssl.after_batch, ssl.view_tfms is not None)
         super().__init__(sl.dataset, tag=tag, **kwargs)
 
+    def _prep(self, *pipes): return Blend(*pipes[:2], self.lam, *pipes[2:])
     def new(self, dataset=None, cls=None, **kwargs):
         "A loader with the settings of this one, but for `kwargs`; of other labelled images, if there is a `dataset`"
         sl,ssl = self.sides

@@ -24,6 +24,7 @@ from ..checks import _check_seed, _check_unit
 from .batch import ViewTransform
 from .cache import _check_depth
 from .derive import _Still, _stills
+from .joint import _check_mix
 from .loader import SeededDL
 from .targets import _decided
 from .views import ViewTfms, view_sets
@@ -81,18 +82,22 @@ def MixBlock(
     cls=PILImage, # How fastai opens an image; `PILImageBW` for grey ones
     ssl=None, # Images for SSL: a folder, a list of paths, or rows of a frame. None: the labelled ones
     get_ssl=None, # Function of an item of `ssl` that gives its path
-    lam:float=0.5, # Share of the labelled image in a mix, in [0,1]
+    lam:float=0.5, # Share of the labelled image in a blend, in [0,1]
     ssl_item_tfms=None, # Of the images for SSL; default: those of the labelled images
     ssl_batch_tfms=None, # Random ones for the images for SSL, `ViewTfms`, or a name in `view_sets`
     seed:int=None, # Of orders, partners and augmentations; default: drawn from torch's generator
+    mix:str='blend', # How both go together in the mix phase: 'blend' (Eq. 2), or 'joint': side by side
+    sl_bs:int=None, # Labelled images of a joint batch; default: a quarter of `bs`
 )->TransformBlock:
     "A `TransformBlock` for the images of a `DataBlock` whose loaders have phases. Raises `ValueError` on bad input."
     _check_unit(lam=lam)
+    _check_mix(mix, sl_bs)
     _check_names(ssl_batch_tfms)
     seed,opened = _check_seed(seed),[Transform(o) for o in _opening(cls)]
     if ssl is not None: ssl = _open(ssl, get_ssl, cls)
     opened[-1].for_ssl = any(o is not None for o in (ssl, ssl_item_tfms, ssl_batch_tfms)) # see `phase_dl`
-    kw = dict(ssl=ssl, lam=lam, ssl_item_tfms=ssl_item_tfms, ssl_batch_tfms=ssl_batch_tfms, seed=seed)
+    kw = dict(ssl=ssl, lam=lam, mix=mix, sl_bs=sl_bs, ssl_item_tfms=ssl_item_tfms, ssl_batch_tfms=ssl_batch_tfms,
+              seed=seed)
     return TransformBlock(type_tfms=opened, batch_tfms=IntToFloatTensor, dl_type=MixItemDL, dls_kwargs=kw)
 
 def _check_names(tfms):

@@ -20,6 +20,7 @@ from fasttransform import ItemTransform, Pipeline
 
 from .batch import MixBatch
 from .blend import BlendDL
+from .joint import JointDL
 from .loader import MixDL, SeededDL, _seeded
 from .views import _named
 
@@ -139,7 +140,9 @@ def _mix_dl(self:SeededDL, views, name=None):
     if self.opts['ssl'] is None:
         return self if views==1 else self._derive(**self._view_tfms(views, name))._with_views(views)
     sl = self if views==1 else self._derive()._with_views(views)
-    res = self._derive(BlendDL, sl=sl, ssl=self._ssl_dl(views, name), lam=self.opts['lam'], wgts=self.wgts)
+    joint = self.opts['mix']=='joint'
+    cls,kw = (JointDL,dict(sl_bs=self.opts['sl_bs'])) if joint else (BlendDL,dict(lam=self.opts['lam']))
+    res = self._derive(cls, sl=sl, ssl=self._ssl_dl(views, name), wgts=self.wgts, **kw)
     res.views = views
     return res
 
@@ -221,6 +224,7 @@ def _rows(self:BlendDL, n):
     prep = self.after_batch[0]
     with _seeded(*key, 0, device=self.device):
         (x,*y),(u,*_) = prep.sides(to_device(self.load(self.get_idxs()[:n], key), self.device))
+    if isinstance(self, JointDL): return dict(SL=x, SSL=u), y
     return {f'SL × {self.lam:g}': x, f'SSL × {1-self.lam:g}': u, 'mix': prep.mixed(x, u)}, y
 
 # %% ../../nbs/data/04_derive.ipynb #58ce7586
@@ -231,12 +235,14 @@ def show_batch(self:BlendDL,
     figsize:tuple=None, # Inches
     **kwargs # For fastai's `show_batch`
 ):
-    "Show some mixed images, and the two that each is made of"
+    "Show some mixed images, and the two that each is made of; of a joint batch both sides"
     if b is not None or kwargs or self.views>1: return SeededDL.show_batch(self, b, max_n, figsize, **kwargs)
     rows,y = self._rows(max_n)
-    n = len(rows['mix'])
-    fig,axs = plt.subplots(3, n, figsize=figsize or (1.5*n, 5), squeeze=False)
+    n = max(map(len, rows.values()))
+    fig,axs = plt.subplots(len(rows), n, figsize=figsize or (1.5*n, 1.7*len(rows)), squeeze=False)
     for (name,o),axr in zip(rows.items(), axs):
-        for ax,(im,*cat) in zip(axr, self.decode_batch((o,*y), max_n=n)):
+        ys = [t[torch.arange(len(o))%len(t)] for t in y] # of images without labels any, which are not shown
+        for ax in axr: ax.axis('off')
+        for ax,(im,*cat) in zip(axr, self.decode_batch((o,*ys), max_n=n)):
             _draw(ax, im, () if name.startswith('SSL') else cat)
         axr[0].text(-0.1, 0.5, name, transform=axr[0].transAxes, ha='right', va='center')

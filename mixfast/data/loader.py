@@ -77,7 +77,9 @@ class SeededDL(ShardedDL):
         seed:int=None, # Whole number from 0 up; default: drawn from torch's generator
         tag:int=0, # Loaders of one seed differ by their tags: 0 is SL, 1 SSL, 2 mix, 3 validation
         ssl=None, # Data set of other images for SSL; None: those of `dataset`
-        lam:float=0.5, # Share of the labelled image in a mix with them, in [0,1]
+        lam:float=0.5, # Share of the labelled image in a blend with them, in [0,1]
+        mix:str='blend', # 'blend' or 'joint': how labelled images and those go together in the mix phase
+        sl_bs:int=None, # Labelled images of a joint batch; default: a quarter of `bs`
         ssl_item_tfms=None, # Of the images for SSL, see `MixBlock`
         ssl_batch_tfms=None, # Of batches of them, see `MixBlock`; `ssl_tfms` of `mix_dls`
         ssl_default:bool=False, # Are these a default only, before which an objective's own set of views goes?
@@ -86,7 +88,7 @@ class SeededDL(ShardedDL):
         **kwargs # For `TfmdDL`
     ):
         self.seed,self.tag,self.split_idx,self._epochs = _check_seed(seed),tag,split_idx,{}
-        self.opts = dict(ssl=ssl, lam=lam, ssl_item_tfms=ssl_item_tfms, ssl_batch_tfms=ssl_batch_tfms,
+        self.opts = dict(ssl=ssl, lam=lam, mix=mix, sl_bs=sl_bs, ssl_item_tfms=ssl_item_tfms, ssl_batch_tfms=ssl_batch_tfms,
                          ssl_default=ssl_default)
         if wgts is not None and len(wgts)!=len(dataset):
             raise ValueError(f"wgts must be a weight for each of {len(dataset)} samples, got {len(wgts)}")

@@ -9,6 +9,7 @@ __all__ = ['MixDataLoaders', 'phase_dl', 'valid_dl', 'mix_dls', 'blend', 'Blend'
 
 # %% ../../nbs/data/05_mix.ipynb #31a2e436
 import os
+from contextlib import contextmanager
 from copy import copy
 from numbers import Integral
 
@@ -23,6 +24,7 @@ from ..checks import _check_seed, _check_unit
 from .augment import _check_masks_move, get_tfms, paper_tfms
 from .batch import MixBatch
 from .blend import Blend, BlendDL, blend
+from .joint import _check_mix
 import mixfast.data.derive # the loaders of all phases
 from .loader import MixDL, SeededDL, _seeded
 from .store import ImageStore, as_images, image_stats
@@ -63,6 +65,21 @@ def phase_dl(
     if views>1 and phase!='sl': raise _no_views(views)
     _check_no_mixblock(dl)
     return dl.new(bs=dl.n) if dl.n and len(dl)==0 else dl # fewer images than a batch: train on what there is
+
+# %% ../../nbs/data/05_mix.ipynb #41224924
+@contextmanager
+def _mixed_as(
+    dls:DataLoaders, # `MixDataLoaders`, or fastai's
+    mix:str=None, # 'blend' or 'joint'; None: as the loaders are
+):
+    "In this context loaders of the mix phase are of kind `mix`. Raises `ValueError`."
+    opts = getattr(dls.train, 'opts', None)
+    if mix is None: yield; return
+    _check_mix(mix)
+    if opts is None: raise ValueError(f"mix={mix!r} needs loaders of mix_dls, or a MixBlock in your DataBlock")
+    old,opts['mix'] = opts['mix'],mix
+    try: yield
+    finally: opts['mix'] = old
 
 # %% ../../nbs/data/05_mix.ipynb #2eb5ed1f
 def valid_dl(
@@ -219,8 +236,10 @@ def mix_dls(
     sl=None, # Labelled training data: (images uint8 [N,H,W,C] or [N,H,W], targets as in `ImageStore`). None: none
     valid=None, # Labelled validation data, likewise
     ssl=None, # Images for SSL, uint8 [N,H,W,C] of any size. None: those of `sl`, and mix batches are SL batches
-    lam:float=0.5, # Share of the labelled image in a mix of `sl` and `ssl`, in [0,1]
+    lam:float=0.5, # Share of the labelled image in a blend of `sl` and `ssl`, in [0,1]
     bs:int=256, # Images a batch
+    mix:str='blend', # How `sl` and `ssl` go together in the mix phase: 'blend' (Eq. 2), or 'joint': side by side
+    sl_bs:int=None, # Labelled images of a joint batch, in front of the `bs` for SSL; default: a quarter of `bs`
     vocab=None, # Class names; default: the class numbers
     tfms=None, # Augmentations of `sl`: functions of a batch uint8 [B,C,H,W]; or 'cifar', 'tinyimagenet' for both sides
     ssl_tfms=None, # Of the SSL images, likewise, or `ViewTfms`, or a name in `view_sets`. Default: see below
@@ -234,6 +253,7 @@ def mix_dls(
 )->MixDataLoaders:
     "Loaders for all phases from arrays. Raises `ValueError` or `TypeError` on bad input."
     _check_unit(lam=lam)
+    _check_mix(mix, sl_bs)
     if not isinstance(bs, Integral) or bs<1: raise ValueError(f"bs must be a whole number of images, got {bs!r}")
     sl,valid,ssl = _stores(sl, valid, ssl, vocab)
     first,device = sl or ssl,_check_device(device)
@@ -242,8 +262,9 @@ def mix_dls(
     stats = image_stats(first.x) if stats is None else _check_stats(stats, first.shape[2])
     prep,kw = MixBatch(*stats, tfms if sl else ssl_tfms),dict(bs=bs, seed=_check_seed(seed))
     pin = device.type=='cuda' and not first.x.is_cuda
-    train = MixDL(first, tag=0 if sl else 1, ssl=ssl if sl else None, lam=lam, ssl_batch_tfms=ssl_tfms, split_idx=0,
-                  ssl_default=by_name, after_batch=prep, shuffle=shuffle, drop_last=drop_last, pin_memory=pin, **kw)
+    train = MixDL(first, tag=0 if sl else 1, ssl=ssl if sl else None, lam=lam, mix=mix, sl_bs=sl_bs,
+                  ssl_batch_tfms=ssl_tfms, ssl_default=by_name, after_batch=prep, shuffle=shuffle,
+                  drop_last=drop_last, pin_memory=pin, split_idx=0, **kw)
     valid = MixDL(valid or first.new_empty(), tag=3, after_batch=copy(prep), split_idx=1, **kw)
     dls = MixDataLoaders(train, valid, path=path, device=device)
     dls.seed,dls.lam = seed,lam # as given, to know them again

@@ -24,12 +24,12 @@ from fastcore.basics import patch
 from fastai.torch_core import apply, find_device
 
 from ..callback.distributed import _everyones
-from ..callback.recorder import MixRecorder, _sizes
+from ..callback.recorder import MixRecorder, _kind
 from ..checks import _check_whole
 from ..data.loader import _seeded
 from ..data.mix import phase_dl
 from .machine import device_clock, peak_memory, reset_peak_memory, usable_memory
-from ..model import MixModel, phase_loss, plain_model
+from ..model import MixModel, _n_sl, phase_loss, plain_model
 from ..objective.patches import _share_of
 from ..phases import MixPlan
 
@@ -41,11 +41,13 @@ def _labelled(learn):
     return len(phase_dl(learn.dls, 'mix').dataset[0])>1
 
 def _batch(learn, phase, bs=None):
-    "Images of a phase, perhaps a tuple of views of them, and a list of targets; `bs` of them, repeated if need be"
+    "Images of a phase, perhaps a tuple of views of them, and a list of targets; of `bs` images, repeated if need be"
     o = learn.mix.objective
     x,*y = phase_dl(learn.dls, phase, o.views, o.view_tfms).one_batch() # the SL phase has one view
     if bs is None: return x,y
-    return apply(lambda o: o[torch.arange(bs)%len(o)], (x,y))
+    n = len(x if torch.is_tensor(x) else x[0])
+    n -= len(y[0]) if y and len(y[0])<n else 0 # a joint batch has labelled images beside its `bs`
+    return apply(lambda o: o[torch.arange(round(bs*len(o)/n))%len(o)], (x,y))
 
 def _device(learn):
     "Where the loaders put batches, and a fit the model"
@@ -59,7 +61,8 @@ def _copy(learn, objective, dev):
 
 def _step(learn, m, opt, phase, x, y, loss_func):
     "Make a training step of the copy `m`"
-    with learn.mix.autocast(find_device(x).type): loss,_ = phase_loss(m(x, phase), y, loss_func, phase)
+    with learn.mix.autocast(find_device(x).type):
+        loss,_ = phase_loss(m(x, phase, **_n_sl(phase, y)), y, loss_func, phase)
     loss.backward()
     opt.step()
     opt.zero_grad()
@@ -113,15 +116,16 @@ def _total(pred, *yb):
     return sum(o.float().sum() for o in tree_leaves(pred))
 
 def _flops(mix, objective, kinds, dev):
-    "Operations by kind of training step of a copy, a pair of a phase and the sizes of the views"
+    "Operations by kind of training step of a copy, see `_kind`"
     if not kinds: return {}
     res = {}
     with _seeded(0, device=dev):
         m,opt = _copy(mix.learn, objective, dev)
-        for phase,sizes in kinds:
+        for phase,sizes,*n_sl in kinds:
             x = tuple(torch.rand(o, device=dev) for o in sizes)
             x = x if len(x)>1 else x[0]
-            res[phase,sizes] = _count(partial(_step, mix.learn, m, opt, phase, x, (), _total))
+            y = [torch.empty(n) for n in n_sl]
+            res[phase,sizes,*n_sl] = _count(partial(_step, mix.learn, m, opt, phase, x, y, _total))
     return res
 
 # %% ../../nbs/insight/03_cost.ipynb #f26e30b6
@@ -137,10 +141,10 @@ def step_flops(self:MixRecorder,
     "Count the operations of a training step of each phase by torch's `FlopCounterMode`; nothing is changed"
     if size is not None: _check_whole(1, size=size)
     with torch.random.fork_rng(): # fastai's loaders draw from it
-        res = {p: _sizes(_batch(self.learn, p)[0]) for p in (_PHASES if _labelled(self.learn) else ('ssl',))}
-        if size is not None: res |= {p: _resized(o, size) for p,o in res.items() if p!='sl'}
-        flops = _flops(self, self.objective, res.items(), _device(self.learn))
-    return {p: flops[p,o] for p,o in res.items()}
+        kinds = [_kind(p, *_batch(self.learn, p)) for p in (_PHASES if _labelled(self.learn) else ('ssl',))]
+        if size is not None: kinds = [(p, o if p=='sl' else _resized(o, size), *n) for p,o,*n in kinds]
+        flops = _flops(self, self.objective, kinds, _device(self.learn))
+    return {p: flops[p,*o] for p,*o in kinds}
 
 # %% ../../nbs/insight/03_cost.ipynb #98e86c85
 def _nbytes(ts):

@@ -19,7 +19,7 @@ from fastai.torch_core import apply
 
 from ..callback.recorder import MixRecorder
 from ..data.mix import phase_dl
-from ..model import MixModel, phase_loss, plain_model
+from ..model import MixModel, _n_sl, phase_loss, plain_model
 from ..objective.features import body, evaluating
 
 # %% ../../nbs/insight/02_gradients.ipynb #d07b9b15
@@ -82,7 +82,7 @@ def grad_cosines(self:MixRecorder,
     dev = next(m.parameters()).device
     x,*y = apply(lambda t: t.to(dev).as_subclass(torch.Tensor), b)
     with torch.random.fork_rng(), evaluating(m), torch.enable_grad():
-        _,parts = phase_loss(m(x, 'mix'), y, learn.loss_func, 'mix', alpha)
+        _,parts = phase_loss(m(x, 'mix', **_n_sl('mix', y)), y, learn.loss_func, 'mix', alpha)
         params = list(last_layer(m.backbone).parameters())
         return loss_cosines(parts['ssl_loss'], parts['sl_loss'], params, alpha)
 

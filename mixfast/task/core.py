@@ -23,7 +23,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import to_device
 
 from ..data.mix import phase_dl
-from ..model import MixModel
+from ..model import MixModel, _n_sl
 from ..objective.features import body, evaluating
 from ..phases import MixPlan
 
@@ -57,9 +57,9 @@ def _size_named(dl):
                          "choose another, or none for that of the images") from e
 
 # %% ../../nbs/task/00_core.ipynb #1ec27140
-def _forward(m, x, phase):
+def _forward(m, x, phase, yb=()):
     "What the model gives. Raises `ValueError` where it cannot take the images."
-    try: return m(x, phase)
+    try: return m(x, phase, **_n_sl(phase, yb))
     except (RuntimeError, AssertionError, IndexError) as e:
         xs,b = [x] if torch.is_tensor(x) else x,body(m.backbone)
         shape = ' and '.join(dict.fromkeys(str(list(o.shape)) for o in xs)) # of large views and of small ones
@@ -181,7 +181,7 @@ def _dry_run(learn, plan:MixPlan, cbs=()):
         if names==['ssl']: return
         x,*y = _two(learn, 'mix' if 'mix' in names else 'sl', m.objective.views if 'mix' in names else 1)
         if 'ssl' in names: _check_size(learn, u, x)
-        for name in [o for o in names if o!='ssl']: out = _forward(m, x, name)
+        for name in [o for o in names if o!='ssl']: out = _forward(m, x, name, y)
         _check_loss(learn, out, y)
         _check_metrics(learn, out.pred, y)
         if 'ssl' in names: _check_last(learn, x)

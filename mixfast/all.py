@@ -38,6 +38,7 @@ from .data.mix import *
 from .data.block import *
 from .data.labels import *
 from .data.datasets import *
+from .data.joint import *
 from .data.masks import *
 from .phases import *
 from .schedule import *
@@ -46,6 +47,7 @@ from .callback.distributed import *
 from .callback.core import *
 from .callback.guard import *
 from .callback.recorder import *
+from .callback.share import *
 from .callback.collapse import *
 from .callback.checkpoint import *
 from .callback.progressive import *

@@ -27,7 +27,9 @@ class GradShare(Callback):
     def __init__(self,
         balance:bool=False, # Scale the losses so that the share is alpha?
         beta:float=0.95, # Weight of earlier steps in the average, in [0,1)
-    ): self.balance,self.beta,self.norms2,self.ratio,self.weight = balance,beta,[None,None],None,0.
+    ):
+        if not isinstance(balance, bool): raise TypeError(f"balance must be True or False, got {balance!r}")
+        self.balance,self.beta,self.norms2,self.ratio,self.weight = balance,beta,[None,None],None,0.
 
     def seen(self,
         i:int, # 0: from the objective; 1: from the heads

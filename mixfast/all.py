@@ -61,6 +61,7 @@ from .insight.gradients import *
 from .insight.lr_find import *
 from .insight.cost import *
 from .insight.compare import *
+from .insight.equal import *
 from .insight.plot import *
 from .insight.returns import *
 

@@ -11,6 +11,7 @@ __all__ = ['METHODS', 'compare_methods', 'method_table']
 from functools import partial
 
 import pandas as pd
+from fastcore.foundation import L
 from fastai.torch_core import set_seed
 
 import mixfast.insight.cost # learn.mix.cost
@@ -19,6 +20,12 @@ from ..phases import MixPlan
 
 # %% ../../nbs/insight/04_compare.ipynb #d12c7522
 METHODS = {'SL': dict(e_ssl=0, rho=0), 'SSL+SL': dict(rho=0), 'MixTraining': {}}
+
+def _fits(e_ssl, e_sl, rho, methods=None):
+    "Pairs of a method and its arguments: SSL+SL by each number of SSL epochs, MixTraining by each rho at most of them"
+    args,most = dict(e_sl=e_sl, rho=rho),max(L(e_ssl))
+    all_ = {k: dict(args, e_ssl=e_ssl if k=='SSL+SL' else most) | v for k,v in (METHODS | (methods or {})).items()}
+    return [(m, a | dict(e_ssl=e, rho=r)) for m,a in all_.items() for e in L(a['e_ssl']) for r in L(a['rho'])]
 
 # %% ../../nbs/insight/04_compare.ipynb #4f37aff6
 def _metric(learn):
@@ -29,54 +36,56 @@ def _metric(learn):
     return names[0]
 
 # %% ../../nbs/insight/04_compare.ipynb #fbc47829
-def _run(new_learner, after, seed, method, **kwargs):
+def _run(new_learner, after, kwargs, seed, method, args):
     "Train a learner by a method: a row of `compare_methods`"
     set_seed(seed, reproducible=True)
     learn = new_learner(seed)
     name = _metric(learn)
-    with learn.no_bar(), learn.no_logging(): learn.fit_mixtraining(**kwargs | METHODS[method])
+    with learn.no_bar(), learn.no_logging(): learn.fit_mixtraining(**kwargs | args)
     cost = learn.mix.cost.sum()
     row = {'method':method, 'seed':seed, name:float(learn.mix.history[name].iloc[-1]),
-           'seconds':cost.seconds, 'petaflop':cost.petaFLOP}
+           'seconds':cost.seconds, 'petaflop':cost.petaFLOP, 'e_ssl':args['e_ssl'], 'rho':args['rho']}
     if after: after(learn, row)
     return row
 
 # %% ../../nbs/insight/04_compare.ipynb #4a6a391d
-def _longest_first(runs, args):
-    "Pairs of seed and method by the number of their epochs"
-    return sorted(runs, key=lambda o: -MixPlan(**args | METHODS[o[1]]).n_epoch)
+def _plan(args): return MixPlan(*[args[k] for k in ('e_ssl','e_sl','rho')])
 
-def _place(row):
-    "Where a row belongs in the table"
-    return row['seed'],list(METHODS).index(row['method'])
+def _longest_first(runs):
+    "Seeds, methods and arguments by the number of their epochs"
+    return sorted(runs, key=lambda o: -_plan(o[2]).n_epoch)
 
 def _said(row):
     "A row in words"
     name = list(row)[2]
-    return _line(f"{row['method']:12} seed {row['seed']}", row['seconds'], **{name:row[name]})
+    what = f"{row['method']:12} e_ssl {row['e_ssl']}, rho {row['rho']:g}, seed {row['seed']}"
+    return _line(what, row['seconds'], **{name:row[name]})
 
 # %% ../../nbs/insight/04_compare.ipynb #da2f37a2
 def compare_methods(
     new_learner, # Function of a seed that gives a new learner with a metric
-    e_ssl:int, # Epochs of SSL
+    e_ssl:int, # Epochs of SSL; several: SSL+SL is trained with each, the others with the most
     e_sl:int, # Epochs of SL
-    rho:float=0.5, # Mix-ratio of MixTraining, in [0,1]
+    rho:float=0.5, # Mix-ratio of MixTraining, in [0,1]; several: MixTraining with each
     alpha:float=0.5, # Weight of the SSL loss in MixTraining, in [0,1]
     seeds:int=3, # Runs a method
     save=None, # CSV that each run is written to when it is done
     bar:bool=True, # Show a progress bar? Where nobody sees it move, a line for each run
     jobs:int=1, # Processes, with one thread each if there are several; None: one a core. On a GPU it is always one
     after=None, # Function of a trained learner and its row, called where it was trained: to export it, ...
-    **kwargs # For `fit_mixtraining`: `recipe`, `cbs`, ...
-)->pd.DataFrame: # A row a run: method, seed, the first metric of the last epoch, training seconds and petaFLOP
-    "Train by all three methods. `method_table` and `plot_methods` show what comes of it."
-    MixPlan(**(args := dict(e_ssl=e_ssl, e_sl=e_sl, rho=rho)))
+    methods:dict=None, # More of them, or other arguments of these: those of `fit_mixtraining` by a name
+    **kwargs # For `fit_mixtraining`, whatever the method: `recipe`, `cbs`, ...
+)->pd.DataFrame: # A row a run: method, seed, the first metric of the last epoch, training seconds, petaFLOP, e_ssl, rho
+    "Train by all methods. `method_table`, `equal_cost` and `plot_methods` show what comes of it."
+    fits = _fits(e_ssl, e_sl, rho, methods)
+    for _,args in fits: _plan(args)
     if seeds<1: raise ValueError(f"seeds must be 1 or more, got {seeds}")
-    rows,runs = [],[(s,m) for s in range(seeds) for m in METHODS]
-    if (jobs := _n_jobs(jobs, len(runs)))>1: runs = _longest_first(runs, args)
-    results = _in_processes(partial(_run, new_learner, after, alpha=alpha, **args, **kwargs), runs, jobs)
+    rows,runs = [],[(s, *o) for s in range(seeds) for o in fits]
+    places = [(s, m, a['e_ssl'], a['rho']) for s,m,a in runs]
+    if (jobs := _n_jobs(jobs, len(runs)))>1: runs = _longest_first(runs)
+    results = _in_processes(partial(_run, new_learner, after, dict(alpha=alpha, **kwargs)), runs, jobs)
     for row in _watched(results, len(runs), _said) if bar else results:
-        rows = sorted([*rows, row], key=_place)
+        rows = sorted([*rows, row], key=lambda r: places.index(tuple(r[k] for k in ('seed','method','e_ssl','rho'))))
         if save is not None: pd.DataFrame(rows).to_csv(save, index=False)
     return pd.DataFrame(rows)
 

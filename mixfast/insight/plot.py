@@ -127,8 +127,14 @@ def plot_speedup(self:MixRecorder,
 _COSTS = dict(seconds='training seconds', petaflop='petaFLOP')
 
 def _points(runs, x, y):
-    "The mean and standard deviation of the columns `x` and `y` of one method, a row a budget"
-    return runs.groupby('budget' if 'budget' in runs else 'method')[[x,y]].agg(['mean','std'])
+    "The mean and standard deviation of the columns `x` and `y` of one method, a row a setting, in order of cost"
+    by = 'budget' if 'budget' in runs else ['e_ssl','rho'] if 'e_ssl' in runs else 'method'
+    return runs.groupby(by)[[x,y]].agg(['mean','std']).sort_values((x,'mean'))
+
+def _front(p):
+    "Of points, rows of cost and value, those that no cheaper one is as good as"
+    p = p.sort_values(list(p.columns), ascending=[True,False])
+    return p[p.iloc[:,1] > p.iloc[:,1].cummax().shift(fill_value=-np.inf)]
 
 # %% ../../nbs/insight/05_plot.ipynb #3f69f952
 def plot_methods(
@@ -136,12 +142,16 @@ def plot_methods(
     ax=None, # Where to draw
     x:str='seconds', # The cost: 'seconds' or 'petaflop'
 ):
-    "The metric against cost: a point a method and budget, budgets of a method connected, bars a standard deviation"
+    "The metric against cost: a point a setting, those of a method joined, bars a standard deviation; the Pareto front"
     if x not in _COSTS or x not in runs:
         raise ValueError(f"x must be a column of runs out of {list(_COSTS)}, got {x!r}")
     ax,(runs,name) = ax or plt.subplots(figsize=(5,3.5))[1],_per_cent(runs)
+    means = []
     for m,g in runs.groupby('method', sort=False):
+        if m=='SSL+SL' and 'e_ssl' in runs: g = runs[runs.method.isin(['SL',m])] # its curve begins without SSL
         p = _points(g, x, name)
         (px,py),std = (p[o,'mean'] for o in (x,name)),dict(xerr=p[x,'std'], yerr=p[name,'std'])
         ax.errorbar(px, py, **std, fmt='o-', ms=9, capsize=4, label=m)
+        means.append(pd.DataFrame({x:px, name:py}))
+    if any(len(o)>2 for o in means): ax.plot(*_front(pd.concat(means)).T.to_numpy(), 'k:', lw=1, label='Pareto front')
     return _finish(ax, xlabel=_COSTS[x], ylabel=name, xlim=(0,None))

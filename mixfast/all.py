@@ -37,6 +37,7 @@ from .data.loader import *
 from .data.mix import *
 from .data.block import *
 from .data.labels import *
+from .data.hold_out import *
 from .data.datasets import *
 from .data.joint import *
 from .data.masks import *

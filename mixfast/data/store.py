@@ -157,6 +157,14 @@ def new_empty(self:ImageStore)->ImageStore:
     res.targets = {k: t.empty() for k,t in self.targets.items()}
     return res
 
+@patch
+def take(self:ImageStore,
+    idxs, # Which, int64 [n]
+)->ImageStore:
+    "A store of some of the images, with their targets"
+    res,i = copy(self),torch.as_tensor(idxs, device=self.x.device)
+    res.x,res.targets = self.x[i],{k: t.take(i) if len(t) else t for k,t in self.targets.items()}
+    return res
 
 @patch
 def of(self:ImageStore,

@@ -111,6 +111,14 @@ def batch(self:Target,
     y = self.y.index_select(0, idxs)
     return y.float() if y.dtype==torch.bool else y
 
+@patch
+def take(self:Target,
+    idxs, # Which, int64 [n], on the device of the targets
+)->Target:
+    "Targets of the same kind, of some images"
+    res = copy(self)
+    res.y = self.y[idxs]
+    return res
 
 @patch
 def empty(self:Target)->Target:

@@ -65,6 +65,8 @@ from .insight.compare import *
 from .insight.equal import *
 from .insight.plot import *
 from .insight.returns import *
+from .insight.pilot import *
+from .insight.advise import *
 
 # %% ../nbs/all.ipynb #b927db3e
 __all__ = [o for o in globals() if not o.startswith('_')]

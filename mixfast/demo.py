@@ -14,14 +14,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
-from fastai.callback.core import Callback, CancelValidException
 from fastai.learner import load_learner
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 
 from .data.datasets import digits, few_labels
 from .data.mix import mix_dls
-from .insight.compare import compare_methods, method_table
+from .insight.compare import _LastEpoch, compare_methods, method_table
 from .insight.plot import plot_methods
 from .learner import mix_learner
 from .phases import MixPlan
@@ -70,13 +69,6 @@ def _exported(seed, path):
     learn = load_learner(path)
     learn.dls = demo_learner(seed).dls
     return learn
-
-# %% ../nbs/06_demo.ipynb #bfccd59b
-class _LastEpoch(Callback):
-    "Validate in the last epoch alone"
-    def before_validate(self):
-        "Leave the others out"
-        if self.epoch+1<self.n_epoch: raise CancelValidException()
 
 # %% ../nbs/06_demo.ipynb #af402bf0
 def demo(

@@ -1,4 +1,4 @@
-"""Loaders that validate on a part of the labelled training images: to choose by, where the validation images are to judge
+"""Loaders that validate on a part of the labelled training images, to choose by where the validation images judge
 
 Docs: https://mixfast.github.io/mixfast/data/hold_out.html.md"""
 
@@ -46,7 +46,8 @@ def hold_out(
     "Loaders that validate on a share of the labelled training images, and train on the others. Raises `ValueError`."
     _check_unit(share=share)
     dl = dls.train
-    if not isinstance(dl, SeededDL): raise ValueError("hold_out needs loaders of mix_dls, or a MixBlock in your DataBlock")
+    if not isinstance(dl, SeededDL):
+        raise ValueError("hold_out needs loaders of mix_dls, or a MixBlock in your DataBlock")
     if len(dl.dataset[0])<2: raise ValueError("hold_out needs training images with labels")
     i,j = _split(dl.dataset, share, _check_seed(seed))
     train = dl.new(_part(dl.dataset, i, 0), wgts=None if dl.wgts is None else dl.wgts[i], ssl=dl.opts['ssl'])

@@ -88,8 +88,8 @@ class SeededDL(ShardedDL):
         **kwargs # For `TfmdDL`
     ):
         self.seed,self.tag,self.split_idx,self._epochs = _check_seed(seed),tag,split_idx,{}
-        self.opts = dict(ssl=ssl, lam=lam, mix=mix, sl_bs=sl_bs, ssl_item_tfms=ssl_item_tfms, ssl_batch_tfms=ssl_batch_tfms,
-                         ssl_default=ssl_default)
+        self.opts = dict(ssl=ssl, lam=lam, mix=mix, sl_bs=sl_bs, ssl_item_tfms=ssl_item_tfms,
+                         ssl_batch_tfms=ssl_batch_tfms, ssl_default=ssl_default)
         if wgts is not None and len(wgts)!=len(dataset):
             raise ValueError(f"wgts must be a weight for each of {len(dataset)} samples, got {len(wgts)}")
         self.wgts = None if wgts is None else np.asarray(wgts, float)/np.sum(wgts)

@@ -12,6 +12,7 @@ from functools import partial
 
 import pandas as pd
 from fastcore.foundation import L
+from fastai.callback.core import Callback, CancelValidException
 from fastai.torch_core import set_seed
 
 import mixfast.insight.cost # learn.mix.cost
@@ -34,6 +35,13 @@ def _metric(learn):
     if not names: raise ValueError("new_learner must give a learner with a metric of predictions to compare by")
     if not len(learn.dls.valid): raise ValueError("new_learner must give a learner with validation images")
     return names[0]
+
+# %% ../../nbs/insight/04_compare.ipynb #bfccd59b
+class _LastEpoch(Callback):
+    "Validate in the last epoch alone"
+    def before_validate(self):
+        "Leave the others out"
+        if self.epoch+1<self.n_epoch: raise CancelValidException()
 
 # %% ../../nbs/insight/04_compare.ipynb #fbc47829
 def _run(new_learner, after, kwargs, seed, method, args):

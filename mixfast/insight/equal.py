@@ -45,8 +45,8 @@ def _versus(curve, row, name):
     base = _at(curve, cost)
     d = (a-base).dropna()
     se = d.std(ddof=1)/math.sqrt(len(d)) if len(d)>1 else math.nan
-    return {name: a.mean(), 'SSL+SL': base.mean(), 'difference': d.mean(), '± se': se, 'in se': d.mean()/se if se else math.nan,
-            'times faster': _cost_of(curve, a.mean())/cost}
+    return {name: a.mean(), 'SSL+SL': base.mean(), 'difference': d.mean(), '± se': se,
+            'in se': d.mean()/se if se else math.nan, 'times faster': _cost_of(curve, a.mean())/cost}
 
 def equal_cost(
     runs:pd.DataFrame, # Of `compare_methods`, with SSL+SL by its SSL epochs
@@ -56,7 +56,7 @@ def equal_cost(
     runs,name = _per_cent(runs)
     base = runs.method.isin(['SL','SSL+SL'])
     if 'e_ssl' not in runs or runs.e_ssl[base].nunique()<2: raise ValueError(
-        "runs must have SSL+SL with several numbers of SSL epochs, or SL beside it: compare_methods(..., [10,20,40], ...)")
+        "runs must have SSL+SL with several numbers of SSL epochs, or SL beside it: pass compare_methods several e_ssl")
     curve,pts = _by_seed(runs[base].assign(method='SSL+SL', rho=0.), x, name),_by_seed(runs[~base], x, name)
     res = pd.DataFrame([{x: row.cost} | _versus(curve, row, name) for _,row in pts.iterrows()], index=pts.index)
     same = curve.cost.droplevel(['method','rho'])

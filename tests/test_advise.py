@@ -1,0 +1,166 @@
+"What fits into a budget, trials of it, and the fit: from arrays and files, after a crash, and what is refused"
+import json
+from functools import partial
+
+import numpy as np, pandas as pd, pytest, torch
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.tracker import SaveModelCallback
+from fastai.vision.all import CategoryBlock, DataBlock, PILImage, RandomSplitter, accuracy, error_rate, noop
+from PIL import Image
+
+from conftest import HOT, TINY, images, same, state
+from mixfast.all import MixBlock, candidates, equal_cost, hold_out, mix_dls, mix_learner
+from mixfast.insight import advise, pilot
+
+BUDGET = dict(minutes=0.1, pilots=0.9, recipe=HOT)
+
+def learner(n=24, metrics=accuracy, ssl=True, **kw):
+    torch.manual_seed(0)
+    d = mix_dls(images(n), images(9, seed=1), ssl=images(40, seed=2)[0] if ssl else None, bs=8, seed=0, **kw)
+    learn = mix_learner(d, metrics=metrics, **TINY)
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+@pytest.fixture
+def scored(monkeypatch):
+    "Pilots that take no time: a function of their scores by method and round, all the same"
+    def _scored(scores):
+        runs = []
+        def run(learn, dls, args, plan, weights=None, **kwargs):
+            name = next(k for k,v in candidates(learn).items() if v==args)
+            runs.append(name)
+            if callable(scores.get(name)): scores[name]()
+            return scores[name], dict(ssl=0.05, mix=0.05, sl=0.05), 0.1, pilot._weights(learn)
+        monkeypatch.setattr(advise, '_pilot', run)
+        monkeypatch.setattr(advise, '_step_times', lambda *_: dict(ssl=0.05, mix=0.05, sl=0.05))
+        monkeypatch.setattr(advise, '_valid_seconds', lambda _: 0.)
+        return runs
+    return _scored
+
+@pytest.mark.parametrize('best', ['SL','SSL+SL','MixTraining','MixTraining (joint)'])
+def test_the_best_is_trained(scored, best):
+    "Whatever it is; half of the candidates have a second pilot; the plan is as long as the time that is left"
+    scores = {k: 0.5 for k in ('SL','SSL+SL','MixTraining','MixTraining (joint)')} | {best: 0.9}
+    runs,learn = scored(scores),learner()
+    learn.fit_best(**BUDGET)
+    assert runs[:4]==list(scores) and len(runs)==6 and best in runs[4:]
+    phases = learn.mix.history.phase.tolist()
+    assert set(phases)=={'SL':{'sl'}, 'SSL+SL':{'ssl','sl'}}.get(best, {'ssl','mix','sl'}) and learn.mix.settings['mix_kind']==('joint' if 'joint' in best else 'blend')
+    steps = learn.mix.cost.steps.sum()
+    assert 0.8 < steps*0.05/(6-0.6) <= 1 # of six seconds, of which pilots took 0.1 each
+    assert learn.mix.why.startswith(best) and learn.mix.advice.method.tolist()==runs
+
+def test_an_error_rate_is_to_be_low(scored):
+    scored({'SL':0.5,'SSL+SL':0.2,'MixTraining':0.3,'MixTraining (joint)':0.4})
+    learn = learner(metrics=error_rate)
+    learn.fit_best(**BUDGET)
+    assert learn.mix.why.startswith('SSL+SL is trained')
+
+def test_without_other_images_there_is_one_kind_of_mixing():
+    assert list(candidates(learner(ssl=False)))==['SL','SSL+SL','MixTraining'] and 'mix' not in candidates(learner(ssl=False))['MixTraining']
+
+@pytest.fixture
+def hurry(monkeypatch):
+    "Real pilots, however short"
+    monkeypatch.setattr(advise, '_check_budget', noop)
+    return dict(minutes=0.02, recipe=HOT)
+
+def test_pilots_leave_nothing_behind(hurry):
+    "The learner that begins the fit has the weights of the best pilot, and its own data"
+    learn,begun = learner(),[]
+    class Begin(Callback):
+        def before_fit(self): begun.append((self.learn.dls.train.n, state(self.model.backbone)))
+    learn.fit_best(**hurry, cbs=Begin())
+    (n,weights), = begun # pilots have not the callbacks of the fit
+    assert n==24 and not same(weights, state(learner().model)) and learn.mix.history.accuracy.notna().any()
+
+class Stop(Exception): pass
+def stop(): raise Stop('stop')
+
+def test_resume(scored, tmp_path):
+    "After a crash in a pilot, and in the fit: no pilot is run twice, the same fit goes on"
+    scores = {'SL':0.5,'SSL+SL':0.9,'MixTraining':stop,'MixTraining (joint)':0.4}
+    runs = scored(scores)
+    learn = learner()
+    before = state(learn.model)
+    with pytest.raises(Stop): learn.fit_best(**BUDGET, checkpoint=tmp_path)
+    assert runs==['SL','SSL+SL','MixTraining'] and same(state(learn.model), before) and learn.dls.train.n==24
+    with pytest.raises(ValueError, match='pilots of an earlier fit: pass resume=True'): learner().fit_best(**BUDGET, checkpoint=tmp_path)
+    scores['MixTraining'] = 0.8
+    class Die(Callback):
+        order,only_watches = 2000,True
+        def after_epoch(self):
+            if self.epoch==3: stop()
+    with pytest.raises(Stop): learner().fit_best(**BUDGET, checkpoint=tmp_path, resume=True, cbs=Die())
+    assert runs==['SL','SSL+SL','MixTraining','MixTraining','MixTraining (joint)','SSL+SL','MixTraining']
+    chosen = json.loads((tmp_path/'trials.json').read_text())['chosen']
+    learn = learner()
+    epochs = []
+    class Log(Callback):
+        only_watches = True
+        def after_epoch(self): epochs.append(self.epoch)
+    learn.fit_best(**BUDGET, checkpoint=tmp_path, resume=True, cbs=Log())
+    assert len(runs)==7 and epochs[0]==4 and len(learn.mix.history)==sum(chosen['plan'][:2])
+
+def test_a_half_written_pilot_is_run_again(scored, tmp_path, monkeypatch):
+    "The disk is full while weights are written: the pilots before it count"
+    runs = scored({'SL':0.5,'SSL+SL':0.9,'MixTraining':0.2,'MixTraining (joint)':0.4})
+    real,n = advise.save_file,[]
+    def full(*args):
+        n.append(1)
+        if len(n)==2: raise OSError(28, 'No space left on device')
+        return real(*args)
+    monkeypatch.setattr(advise, 'save_file', full)
+    with pytest.raises(OSError): learner().fit_best(**BUDGET, checkpoint=tmp_path)
+    learner().fit_best(**BUDGET, checkpoint=tmp_path, resume=True)
+    assert runs==['SL','SSL+SL','SSL+SL','MixTraining','MixTraining (joint)','SSL+SL','SL'] or runs[:5]==['SL','SSL+SL','SSL+SL','MixTraining','MixTraining (joint)']
+
+def test_files(hurry, tmp_path):
+    "From files"
+    for i,(x,k) in enumerate(zip(*images(24, 16, 3))):
+        (tmp_path/str(k)).mkdir(exist_ok=True)
+        Image.fromarray(x).save(tmp_path/str(k)/f'{i}.png')
+    block = DataBlock((MixBlock(PILImage, seed=0), CategoryBlock), get_y=lambda f: f.parent.name, splitter=RandomSplitter(0.25, seed=0))
+    learn = mix_learner(block.dataloaders(sorted(tmp_path.rglob('*.png')), bs=6), 'test_resnet', metrics=accuracy)
+    learn.remove_cb(ProgressCallback); learn.logger = noop
+    table = learn.mix.advise(1)
+    assert list(table.columns)==['e_ssl','e_sl','rho','mix','minutes'] and (table.minutes<=1).all()
+    learn.fit_best(minutes=0.02)
+    assert learn.mix.history.accuracy.notna().any()
+
+BAD = dict(
+    minutes=(dict(minutes=-1), 'minutes must be a number above 0, got -1'),
+    short=(dict(minutes=0.001), 'minutes=0.001 is too short'),
+    pilots=(dict(minutes=1, pilots=2), r'pilots must lie in \[0,1\]'),
+    methods=(dict(minutes=1, methods={'x': dict(rho=2)}), r'rho must lie in \[0,1\], got 2'))
+@pytest.mark.parametrize('name', BAD)
+def test_refused(name):
+    "At the call; nothing is changed"
+    kw,says = BAD[name]
+    learn = learner()
+    before = state(learn.model)
+    with pytest.raises(ValueError, match=says): learn.fit_best(**kw)
+    assert same(state(learn.model), before) and not learn.mix.rows
+
+def test_refused_data():
+    with pytest.raises(ValueError, match='give the learner one'): learner(metrics=[]).fit_best(1)
+    d = mix_dls(ssl=images(24)[0], bs=8)
+    with pytest.raises(ValueError, match='training images with labels'): mix_learner(d, n_out=3, metrics=accuracy, **TINY).fit_best(1)
+    with pytest.raises(ValueError, match='there are no pilots yet'): learner().mix.plot_advice()
+
+def test_hold_out_keeps_the_images_for_ssl():
+    "Those without labels stay as they are, the held-out ones are not trained on"
+    d = mix_dls(images(24), images(9, seed=1), ssl=images(40, seed=2)[0], bs=8, seed=0, mix='joint', sl_bs=2)
+    h = hold_out(d, 0.25, seed=1)
+    assert (h.train.n, h.valid.n, h.ssl.n, h.mix.n, h.mix.sl_bs)==(18,6,40,40,2)
+    both = torch.cat([h.train.dataset.x, h.valid.dataset.x]).flatten(1)
+    assert torch.equal(both.sum(1).sort().values, d.train.dataset.x.flatten(1).sum(1).sort().values)
+
+def test_equal_cost_is_paired():
+    "A difference that is the same for each seed is certain, however far seeds lie apart"
+    rows = [dict(method=m, seed=s, accuracy=a+s/10, seconds=c, petaflop=c, e_ssl=e, rho=r) for s in range(3)
+            for m,e,r,a,c in (('SL',0,0,0.2,1), ('SSL+SL',10,0,0.4,3), ('MixTraining',10,0.5,0.35+s*1e-4,2))]
+    t = equal_cost(pd.DataFrame(rows), 'petaflop').iloc[0]
+    assert t.difference==pytest.approx(5.01) and t['in se']>100 and t['times faster']==pytest.approx(2.5/2, rel=1e-2) and t['at equal epochs']==1.5

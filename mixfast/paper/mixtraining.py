@@ -111,9 +111,11 @@ def vary(
     exps, # `Experiment`s
     rho=None, # Mix-ratios instead of MixTraining's own
     alpha=None, # Weights of the SSL loss instead of its own
+    e_ssl=None, # Epochs of SSL of SSL+SL instead of its own
 )->list: # `Experiment`s, each once
-    "The experiments, those of MixTraining once for each `rho` and `alpha`: studies that the paper does not have"
+    "The experiments, MixTraining by `rho` and `alpha`, SSL+SL by `e_ssl`: studies that the paper does not have"
     def each(e):
+        if e.method=='ssl_sl': return [replace(e, e_ssl=n) for n in e_ssl or [e.e_ssl]]
         if e.method!='mix': return [e]
         alphas = [e.alpha] if e.alpha_sched else alpha or [e.alpha]
         return [replace(e, rho=r, alpha=a) for r in rho or [e.rho] for a in alphas]

@@ -17,6 +17,7 @@ from ..insight.gradients import PAPER_COSINES
 from ..insight.plot import _finish
 from .mixtraining import (DATASETS, NAMES, SCALES, Experiment, data_name, describe, experiments,
                                        method_name, scaled, vary)
+from .mixtraining_cost import cost_sections
 from .mixtraining_runs import estimate, reproduce
 from .records import Paper, add_paper, read_records, record_id
 from .report import Section, save_report
@@ -222,7 +223,8 @@ def write_report(
     table=None, # Number of a table, or several; None: all
 )->Path: # report.md
     "Write the report of all records in a folder. Raises `ValueError` if there are none."
-    return save_report(out, 'mixfast and the paper', _sections(results(read_records(out, 'mixtraining'), table)))
+    recs = read_records(out, 'mixtraining')
+    return save_report(out, 'mixfast and the paper', [*_sections(results(recs, table)), *cost_sections(recs)])
 
 # %% ../../nbs/paper/04_mixtraining_results.ipynb #700288da
 def _add_args(p):
@@ -235,11 +237,12 @@ def _add_args(p):
     a('--methods', nargs='+', choices=list(NAMES), help='default: all')
     a('--rho', type=float, nargs='+', help="mix-ratios instead of the paper's")
     a('--alpha', type=float, nargs='+', help="weights of the SSL loss instead of the paper's")
+    a('--e-ssl', type=int, nargs='+', help="epochs of SSL of SSL+SL, in the paper's scale, instead of its own")
 
 # %% ../../nbs/paper/04_mixtraining_results.ipynb #2cac0f05
 def _chosen(a):
     "The experiments that parsed arguments mean. Raises `ValueError` or `TypeError`"
-    exps = vary(experiments(a.table, a.dataset, a.model, a.p, a.methods).exp, a.rho, a.alpha)
+    exps = vary(experiments(a.table, a.dataset, a.model, a.p, a.methods).exp, a.rho, a.alpha, a.e_ssl)
     for e in exps: MixPlan(e.e_ssl, e.e_sl, e.rho); _check_alpha(e.alpha, e.alpha_sched or None)
     return exps
 

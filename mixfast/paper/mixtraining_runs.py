@@ -72,6 +72,7 @@ def run_experiment(
     args['cbs'] = [*args['cbs'], cos, _OnlyClassifiers(), *(cbs or [])]
     with learn.no_bar(), learn.no_logging(): learn.fit_mixtraining(**args)
     measured = _measured(learn, cos, time.perf_counter()-t)
+    measured['petaflop'] = float(learn.mix.cost.petaFLOP.sum())
     return new_record(e, seed, scale, bf16, **measured, settings=_settings(args, scale), **_where(dev))
 
 # %% ../../nbs/paper/03_mixtraining_runs.ipynb #276e913a

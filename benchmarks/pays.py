@@ -13,7 +13,8 @@ from mixfast.cli import _quiet; _quiet() # before anything is imported that warn
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, torch.nn.functional as F
+from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision # gives learners to_bf16
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
@@ -26,12 +27,13 @@ from mixfast.insight.parallel import _line
 from mixfast.insight.plot import plot_methods
 from mixfast.learner import mix_learner
 from mixfast.objective.autoencode import MAE
+from mixfast.objective.features import logits
 from mixfast.paper.efficient_ssl import METHODS, EfficientSSL, _backbone, _load, _objective
 from mixfast.paper.records import read_records
 from mixfast.paper.report import Section, save_report
 from mixfast.paper.running import _Course, _image_seconds, _where, run_or_list
 from mixfast.phases import MixPlan
-from mixfast.schedule import Recipe, get_recipe
+from mixfast.schedule import Recipe, get_recipe, warmup_cosine
 
 @dataclass(frozen=True)
 class Run:
@@ -46,31 +48,38 @@ class Run:
     alpha:float=0.5
     balance:bool=False
     sl_bs:int=16
+    pseudo:float=0. # Confidence from which on what the heads say of an image is its label in the mix phase; 0: never
+    split:bool=False # In SSL and mix phase the backbone's rate is that of one SSL schedule, the heads' that of SL
 
 SETTINGS = [('cifar10',n,pool) for n in (10,50,500) for pool in (0,20_000)] + [('imagenette',95,0)]
 STEPS = dict(ssl=1500, sl=750) # About so many, of 64 images
 BS,VIT = 64,dict(embed_dim=64, depth=4, num_heads=2)
 WORDS = dict(sl='SL', ssl_sl='SSL+SL', mix='MixTraining')
-KINDS = { # Of mix phase, by name
-    'blend': dict(rho=0.5), 'blend, balanced': dict(rho=0.5, balance=True), 'blend, balanced 0.9': dict(rho=0.5, balance=True, alpha=0.9),
-    'joint': dict(rho=0.5, mix='joint'), 'joint 0.9': dict(rho=0.5, mix='joint', alpha=0.9),
-    'joint, balanced': dict(rho=0.5, mix='joint', balance=True), 'joint, balanced 0.9': dict(rho=0.5, mix='joint', balance=True, alpha=0.9)}
-
-def kind(r): return next((k for k,a in KINDS.items() if all(getattr(r, n)==v for n,v in (dict(mix='blend', alpha=0.5, balance=False) | {k:v for k,v in a.items() if k!='rho'}).items())), f'{r.mix}, alpha {r.alpha:g}')
+def kind(r):
+    "A mix phase in words"
+    alpha = f" {r.alpha:g}" if r.alpha!=0.5 else ''
+    more = ', balanced'*r.balance + alpha + f', pseudo {r.pseudo:g}'*(r.pseudo>0) + ', split rates'*r.split
+    return r.mix + more
 def where(r): return f"{r.data}, {r.labels} labels a class, SSL on {f'{r.pool:,} images' if r.pool else 'the same'}"
 def describe(r):
-    more = dict(sl='', ssl_sl=f' {r.share:g}', mix=f' {kind(r)}, rho {r.rho:g}')[r.method]
+    more = dict(sl='', ssl_sl=f' {r.share:g}', mix=f' {kind(r)}, rho {r.rho:g}, {r.sl_bs} labelled')[r.method]
     return f"{where(r)}, {r.objective}, {WORDS[r.method]}{more}"
 
 def search():
-    "What is tried on held-out images: each objective, and each kind of mix phase with two of them"
-    for s in (('cifar10',500,0), ('cifar10',50,20_000)):
-        kinds = {k:v for k,v in KINDS.items() if s[2] or 'joint' not in k}
-        for o in ('simclr','byol','dino','ae','mae','visible'):
-            yield Run(*s, o, 'sl') if o in ('simclr','mae') else None
-            yield Run(*s, o, 'ssl_sl', 0.5)
+    "What is tried on held-out images: kinds of mix phase with SimCLR and with MAE; other objectives"
+    many,few = ('cifar10',500,0),('cifar10',50,20_000)
+    joint = dict(mix='joint', rho=1.)
+    for s,kinds in ((many, [dict(rho=r, **k) for r in (0.5,1.) for k in ({}, dict(balance=True), dict(balance=True, alpha=0.8))]),
+                    (few, [joint, joint | dict(rho=0.5), joint | dict(alpha=0.9), joint | dict(balance=True),
+                           joint | dict(balance=True, alpha=0.8), joint | dict(sl_bs=32), joint | dict(pseudo=0.9)])):
+        for o in ('simclr','mae'):
+            yield Run(*s, o, 'sl')
+            for share in (0.25,0.5,1.): yield Run(*s, o, 'ssl_sl', share)
+            for k in kinds: yield Run(*s, o, 'mix', **k)
+        yield Run(*s, 'mae', 'mix', rho=0.5, split=True, mix='joint' if s[2] else 'blend')
+        for o in ('visible','ae','byol','dino'):
             yield Run(*s, o, 'ssl_sl')
-            for k in (kinds if o in ('simclr','mae') else ['joint' if s[2] else 'blend']): yield Run(*s, o, 'mix', **kinds[k])
+            yield Run(*s, o, 'mix', **(joint if s[2] else dict(rho=0.5)))
 
 def main_runs():
     "What is compared on the test split"
@@ -92,11 +101,44 @@ def loaders(r, seed, path, hold_out, device=None):
     views = dict(ssl_tfms='simclr') if r.objective in METHODS else {}
     return mix_dls((x[i],y[i]), valid, ssl, tfms='cifar', vocab=vocab, seed=seed, bs=BS, device=device, sl_bs=r.sl_bs, **views)
 
+def pseudo(o, threshold):
+    "The objective `o` of one or two views, whose mix phase labels images by what the heads are sure of"
+    class Pseudo(type(o)):
+        def encode_mix(self, backbone, x):
+            self._in_mix = backbone, # in a tuple: it is no part of the objective
+            return super().encode_mix(backbone, x)
+        def forward(self, feats, x):
+            losses,(m,) = super().forward(feats, x),vars(self).pop('_in_mix', (None,))
+            if m is None or not self.training: return losses
+            views = logits(m, feats.parts[0] if self.views>1 else feats).float().unflatten(0, (self.views,-1))
+            p,y = views.detach().softmax(-1).mean(0).max(-1)
+            loss = F.cross_entropy(views.flatten(0, 1), y.repeat(self.views), reduction='none').unflatten(0, (self.views,-1))
+            return dict(ssl=losses, pseudo=(loss*(p>threshold)).mean())
+    o.__class__ = Pseudo
+    return o
+
+class SplitRates(Callback):
+    "One schedule over SSL and mix phase for the backbone, which comes first in the optimizer; the heads by that of SL"
+    order,run_valid = 61,False # after the scheduler
+    def __init__(self, h): self.h = h
+    def before_batch(self):
+        ph,lr = self.phases,self.mix_scheduler.hps['lr'][-1]
+        if not ph.now.ssl: return
+        i,n = self.epoch*self.n_iter+self.iter,ph.plan.e_ssl*self.n_iter # steps of an epoch are about as many in both
+        lr_ssl = self.h.lr*self.mix_scheduler.bs/256*warmup_cosine(min(i, n-1), n, round(self.h.warmup*n))
+        self.opt.set_hyper('lr', [lr_ssl, lr if ph.now.sl else lr_ssl])
+
+def body_and_head(m):
+    head = set(m.get_classifier().parameters())
+    return [[p for p in m.parameters() if p not in head], [p for p in m.parameters() if p in head]]
+
 def learner(r, dls, bf16=True):
     e = EfficientSSL(r.objective, r.data, 'resnet50', 1)
     arch,args,o = _backbone(e, 'small', dls.c),{},_objective(e, 'small') if r.objective in METHODS else r.objective
     if r.objective in ('mae','visible'):
         arch,args,o = 'vit_tiny_patch16_224',dict(patch_size=4, **VIT),MAE(visible_only=r.objective=='visible')
+    if r.pseudo: o = pseudo(o, r.pseudo)
+    if r.split: args['splitter'] = body_and_head
     learn = mix_learner(dls, arch, o, metrics=accuracy, **args)
     return learn.to_bf16() if bf16 else learn
 
@@ -117,7 +159,8 @@ def run(path, hold_out, bf16, r, seed):
     set_seed(seed)
     learn = learner(r, loaders(r, seed, path, hold_out), bf16)
     args = fit_args(r, learn.dls.train.n, learn.dls.ssl.n)
-    with learn.no_bar(), learn.no_logging(): learn.fit_mixtraining(**args, cbs=_Course(1))
+    cbs = [_Course(1)] + [SplitRates(args['recipe'].ssl)]*r.split
+    with learn.no_bar(), learn.no_logging(): learn.fit_mixtraining(**args, cbs=cbs)
     h,cost = learn.mix.history,learn.mix.cost
     share = round(float(h.ssl_share.mean()), 4) if 'ssl_share' in h else None
     settings = {k:v for k,v in args.items() if k!='recipe'} | dict(recipe=asdict(args['recipe']), bs=learn.dls.bs)

@@ -36,7 +36,7 @@ from .callback.rates import MixScheduler
 from .callback.recorder import MixRecorder
 from .callback.settings import _fit_settings
 from .callback.share import GradShare
-from .data.joint import JointDL
+from .data.joint import _is_joint
 from .data.mix import _mixed_as, phase_dl
 from .model import _new_opt, _pair_up, fused_adamw, mix_splitter
 from .objective.choose import set_up
@@ -114,7 +114,7 @@ def _recipe_of(learn, recipe=None):
 def _check_accumulation(learn, plan, cbs):
     "Raise `ValueError` where `GradientAccumulation` would count the labelled images of joint batches alone"
     if not any(isinstance(cb, GradientAccumulation) for cb in cbs): return
-    if any(p.name=='mix' and isinstance(phase_dl(learn.dls, 'mix'), JointDL) for p in plan.phases): raise ValueError(
+    if _is_joint(learn.dls) and 'mix' in [p.name for p in plan.phases]: raise ValueError(
         "GradientAccumulation counts the labelled images of a batch, and in a joint batch most have no label: use "
         "mix='blend', or larger batches")
 

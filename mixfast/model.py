@@ -21,7 +21,7 @@ from fastcore.foundation import L
 from fastcore.xtras import is_listy
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper, detuplify_pg
-from fastai.torch_core import even_mults, trainable_params
+from fastai.torch_core import even_mults, find_bs, trainable_params
 from timm.utils import unwrap_model
 
 from .objective.core import Objective
@@ -38,9 +38,10 @@ def _of_first(feats, n=None):
     "The features of the first `n` images; None: of all"
     return feats if n is None else feats.first(n) if isinstance(feats, Features) else feats[:n]
 
-def _n_sl(phase, yb):
-    "What a `MixModel` is told of a batch: in the mix phase, how many of its images have labels"
-    return dict(n_sl=len(yb[0])) if phase=='mix' and len(yb) else {}
+def _n_sl(phase, x, yb):
+    "What a `MixModel` is told of a batch: in the mix phase, how many of its images have labels, if not all"
+    n = find_bs(yb) if phase=='mix' and len(yb) else None
+    return {} if n in (None,find_bs(x)) else dict(n_sl=n)
 
 def _branches(feats, seen=None):
     "Features twice: for the objective and for the heads, whose gradients `seen` is told of, if it is there"

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
-from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.vision.all import CategoryBlock, DataBlock, PILImage, RandomSplitter, accuracy, error_rate, noop
 from PIL import Image
 
@@ -39,6 +39,12 @@ def scored(monkeypatch):
         return runs
     return _scored
 
+@pytest.fixture
+def hurry(monkeypatch):
+    "Real pilots, however short"
+    monkeypatch.setattr(advise, '_check_budget', noop)
+    return dict(minutes=0.02, recipe=HOT)
+
 @pytest.mark.parametrize('best', ['SL','SSL+SL','MixTraining','MixTraining (joint)'])
 def test_the_best_is_trained(scored, best):
     "Whatever it is; half of the candidates have a second pilot; the plan is as long as the time that is left"
@@ -58,14 +64,35 @@ def test_an_error_rate_is_to_be_low(scored):
     learn.fit_best(**BUDGET)
     assert learn.mix.why.startswith('SSL+SL is trained')
 
+def boom(): raise FloatingPointError('nan')
+
+def test_what_diverges_is_the_worst(scored):
+    "One that does loses; if all do, that is said, and nothing is changed"
+    scores = {'SL':boom,'SSL+SL':0.2,'MixTraining':boom,'MixTraining (joint)':0.1}
+    scored(scores)
+    learn = learner()
+    learn.fit_best(**BUDGET)
+    assert learn.mix.why.startswith('SSL+SL is trained')
+    scored(dict.fromkeys(scores, boom))
+    learn = learner()
+    before = state(learn.model)
+    with pytest.raises(FloatingPointError, match='have all diverged'): learn.fit_best(**BUDGET)
+    assert same(state(learn.model), before)
+
+def test_one_candidate_needs_no_pilot(scored):
+    runs,learn = scored({}),learner()
+    learn.fit_best(**BUDGET, methods={'SL': dict(e_ssl=0, rho=0)})
+    assert not runs and learn.mix.why.endswith('there is no other candidate.') and set(learn.mix.history.phase)=={'sl'}
+
+def test_trackers_rest_in_pilots(hurry):
+    "They would stop, and save, by what pilots do not measure"
+    learn = learner()
+    learn.add_cb(EarlyStoppingCallback(monitor='accuracy', patience=1))
+    learn.fit_best(**hurry)
+    assert learn.mix.advice.score.notna().all() and any(isinstance(cb, EarlyStoppingCallback) for cb in learn.cbs)
+
 def test_without_other_images_there_is_one_kind_of_mixing():
     assert list(candidates(learner(ssl=False)))==['SL','SSL+SL','MixTraining'] and 'mix' not in candidates(learner(ssl=False))['MixTraining']
-
-@pytest.fixture
-def hurry(monkeypatch):
-    "Real pilots, however short"
-    monkeypatch.setattr(advise, '_check_budget', noop)
-    return dict(minutes=0.02, recipe=HOT)
 
 def test_pilots_leave_nothing_behind(hurry):
     "The learner that begins the fit has the weights of the best pilot, and its own data"
@@ -88,6 +115,7 @@ def test_resume(scored, tmp_path):
     with pytest.raises(Stop): learn.fit_best(**BUDGET, checkpoint=tmp_path)
     assert runs==['SL','SSL+SL','MixTraining'] and same(state(learn.model), before) and learn.dls.train.n==24
     with pytest.raises(ValueError, match='pilots of an earlier fit: pass resume=True'): learner().fit_best(**BUDGET, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match='seed was 0, and is 1'): learner().fit_best(**BUDGET, checkpoint=tmp_path, resume=True, seed=1)
     scores['MixTraining'] = 0.8
     class Die(Callback):
         order,only_watches = 2000,True
@@ -133,7 +161,13 @@ def test_files(hurry, tmp_path):
 BAD = dict(
     minutes=(dict(minutes=-1), 'minutes must be a number above 0, got -1'),
     short=(dict(minutes=0.001), 'minutes=0.001 is too short'),
-    pilots=(dict(minutes=1, pilots=2), r'pilots must lie in \[0,1\]'),
+    pilots=(dict(minutes=1, pilots=2), 'pilots must lie between 0 and 1, got 2'),
+    held_out=(dict(minutes=1, held_out=1), 'held_out must lie between 0 and 1, got 1'),
+    e_sl=(dict(minutes=1, e_sl=3), 'e_sl is what is to be found out'),
+    mix=(dict(minutes=1, mix='joint'), 'mix is what is to be found out'),
+    name=(dict(minutes=1, methods={'x': dict(rhoo=1)}), r"methods: 'x' must have arguments of .* got \['rhoo'\]"),
+    e_ssl=(dict(minutes=1, methods={'x': dict(e_ssl=5)}), 'must be 0, or left out'),
+    resume=(dict(minutes=1, resume=True), 'resume=True needs checkpoint'),
     methods=(dict(minutes=1, methods={'x': dict(rho=2)}), r'rho must lie in \[0,1\], got 2'))
 @pytest.mark.parametrize('name', BAD)
 def test_refused(name):
@@ -145,7 +179,7 @@ def test_refused(name):
     assert same(state(learn.model), before) and not learn.mix.rows
 
 def test_refused_data():
-    with pytest.raises(ValueError, match='give the learner one'): learner(metrics=[]).fit_best(1)
+    with pytest.raises(ValueError, match='needs a learner with a metric'): learner(metrics=[]).fit_best(1)
     d = mix_dls(ssl=images(24)[0], bs=8)
     with pytest.raises(ValueError, match='training images with labels'): mix_learner(d, n_out=3, metrics=accuracy, **TINY).fit_best(1)
     with pytest.raises(ValueError, match='there are no pilots yet'): learner().mix.plot_advice()
@@ -157,6 +191,19 @@ def test_hold_out_keeps_the_images_for_ssl():
     assert (h.train.n, h.valid.n, h.ssl.n, h.mix.n, h.mix.sl_bs)==(18,6,40,40,2)
     both = torch.cat([h.train.dataset.x, h.valid.dataset.x]).flatten(1)
     assert torch.equal(both.sum(1).sort().values, d.train.dataset.x.flatten(1).sum(1).sort().values)
+
+def test_equal_cost_at_its_edges():
+    "Seeds that one side lacks do not count; a run that came to nothing is no time at which SSL+SL is as good"
+    rows = [dict(method=m, seed=s, accuracy=a+s/10, seconds=c, e_ssl=e, rho=r) for s in range(3)
+            for m,e,r,a,c in (('SL',0,0,0.2,1), ('SSL+SL',10,0,0.4,3), ('MixTraining',10,0.5,0.35,2))]
+    df = pd.DataFrame(rows)
+    t = equal_cost(df[(df.method!='SSL+SL')|(df.seed<2)]).iloc[0]
+    assert t['accuracy %']-t['SSL+SL']==pytest.approx(t.difference)==pytest.approx(5) and np.isnan(t['in se']) # all seeds alike: no error to count in
+    lost = df.assign(accuracy=df.accuracy.where(df.method!='MixTraining'))
+    assert np.isnan(equal_cost(lost).iloc[0]['times faster'])
+    for bad,says in ((df[df.rho==0], 'another method'), (df.rename(columns=dict(accuracy='error_rate')), 'more is better')):
+        with pytest.raises(ValueError, match=says): equal_cost(bad)
+    with pytest.raises(ValueError, match='x must be a column'): equal_cost(df, 'petaflop')
 
 def test_equal_cost_is_paired():
     "A difference that is the same for each seed is certain, however far seeds lie apart"

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.training import GradientAccumulation
-from fastai.vision.all import CategoryBlock, DataBlock, PILImage, RandomSplitter, accuracy, noop
+from fastai.vision.all import CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, Learner, PILImage, RandomSplitter, accuracy, noop
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from PIL import Image
 
 from conftest import Die, HOT, TINY, images, same, state
-from mixfast.all import (AE, BYOL, DINO, GradShare, HardAugment, JointDL, MAE, MixBlock, MoCo, Segment, SimCLR, SimMIM, SimSiam, Sum, mix_dls, mix_learner,
+from mixfast.all import (AE, BYOL, DINO, GradCosines, GradShare, HardAugment, JointDL, MAE, MixBlock, MoCo, Segment, SimCLR, SimMIM, SimSiam, Sum, mix_dls, mix_learner,
     phase_dl)
 from test_dense import VOCAB, learner as dense_learner, scenes
 from test_distributed import check_close, fit as fit_of, fixed_mask, launch, alone, check_alike
@@ -164,13 +164,53 @@ def test_balance_makes_alpha_the_share(make, alpha, objective):
     learn.fit_mixtraining(2, 2, rho=1, alpha=alpha, recipe=HOT, balance=True, cbs=sent)
     assert np.median(np.abs(np.array(sent.rows[3:])-alpha)) < 0.1
 
+def test_who_else_asks_for_gradients_changes_nothing(make):
+    "`GradCosines` has gradients of its own at each step"
+    res = []
+    for cbs in [], [GradCosines(every=1)]:
+        learn = make(dls=joint())
+        learn.fit_mixtraining(2, 2, rho=1, alpha=0.9, recipe=HOT, balance=True, cbs=cbs)
+        res.append((state(learn.model), learn.mix.history.ssl_share.tolist()))
+    assert same(res[0][0], res[1][0]) and res[0][1]==res[1][1]
+
+def test_a_head_that_works_in_place(make):
+    "It cuts the branch off: that is said, not passed over"
+    body = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, 2, 1), torch.nn.Conv2d(8, 8, 1))
+    head = torch.nn.Sequential(torch.nn.ReLU(inplace=True), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 3))
+    learn = Learner(joint(), torch.nn.Sequential(body, head), CrossEntropyLossFlat())
+    with learn.no_bar(), learn.no_logging(), pytest.raises(RuntimeError, match='nothing came back to the features'):
+        learn.fit_mixtraining(1, 1, rho=1, balance=True)
+
+@pytest.mark.parametrize('bs,sl_bs', [(6,None),(8,1)])
+def test_one_labelled_image(make, bs, sl_bs):
+    "One of each batch, before an SL phase; what the steps need is told"
+    learn = make(dls=joint(bs=bs, sl_bs=sl_bs))
+    learn.fit_mixtraining(2, 2, rho=0.5, recipe=HOT)
+    assert learn.mix.history.phase.tolist()==['ssl','mix','sl'] and learn.mix.step_bytes(2)['mix']>0 and learn.mix.find_batch_size(16)==16
+
+def test_targets_that_are_nested(make):
+    "fastai's plain loaders may give a tuple of targets: all images have them"
+    x,y = images(16)
+    ds = [(torch.tensor(o).permute(2,0,1).float()/255, (torch.tensor(k), torch.tensor(k))) for o,k in zip(x, y)]
+    learn = make(dls=DataLoaders(DataLoader(ds, bs=8), DataLoader(ds, bs=8)), metrics=[], n_out=3, loss_func=lambda p, t: sum(torch.nn.functional.cross_entropy(p, o) for o in t))
+    learn.fit_mixtraining(2, 2, rho=0.5, recipe=HOT)
+    assert learn.mix.history.phase.tolist()==['ssl','mix','sl']
+
+def test_views_are_shown(make):
+    "Rows of images without labels, too"
+    dl = phase_dl(joint(), 'mix', 2, 'simclr')
+    dl.show_batch(max_n=6)
+    import matplotlib.pyplot as plt
+    assert all(ax.images for ax in plt.gcf().axes) and len(plt.gcf().axes)==12
+
 @pytest.mark.parametrize('kw', [dict(alpha=0.), dict(alpha=1.), dict(alpha_sched='linear')], ids=str)
 def test_edges_of_alpha(make, kw):
     "A loss without weight sends nothing back: there is no share, and no nan"
     learn = make(dls=joint())
     learn.fit_mixtraining(2, 2, rho=1, recipe=HOT, balance=True, **kw)
     h = learn.mix.history
-    assert np.isfinite(h.train_loss).all() and ('ssl_share' in h)==('alpha_sched' in kw)
+    assert np.isfinite(h.train_loss).all() and h.ssl_share[h.phase=='mix'].between(0, 1).all()
+    if 'alpha' in kw: assert (h.ssl_share==kw['alpha']).all()
 
 def test_half_precision(make):
     learn = make(dls=joint()).to_bf16()
@@ -201,7 +241,5 @@ def test_nothing_to_balance_by(make):
     with pytest.raises(ValueError, match='balance=True needs features that are tensors'): learn.fit_mixtraining(1, 1, rho=1, balance=True)
 
 def test_too_many_labelled(make):
-    learn = make(dls=joint(sl_bs=3))
-    learn.dls.train.opts['sl_bs'] = 9
-    with pytest.raises(ValueError, match='sl_bs must be at most the 8 images'): learn.fit_mixtraining(1, 1, rho=1)
+    with pytest.raises(ValueError, match='sl_bs must be at most the 8 images'): joint(sl_bs=9)
     with pytest.raises(ValueError, match='sl_bs must be a whole number from 1 up'): joint(sl_bs=0)

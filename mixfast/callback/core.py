@@ -21,7 +21,7 @@ from timm.utils import unwrap_model
 
 from .distributed import _once, _ranks
 from ..checks import _check_seed
-from ..data.joint import JointDL
+from ..data.joint import _is_joint
 from ..data.loader import SeededDL, _number_at
 from ..data.mix import phase_dl, valid_dl
 from ..model import _n_sl, phase_loss
@@ -35,7 +35,8 @@ def _one_batch(learn):
     ph = learn.phases
     phase = ph.now.name if learn.training or ph.now.name=='ssl' else 'sl'
     share = getattr(learn, 'grad_share', None) if phase=='mix' and learn.training else None
-    out = learn.model(*learn.xb, phase=phase, **_n_sl(phase, learn.yb), **(dict(seen=share.seen) if share else {}))
+    more = _n_sl(phase, learn.xb, learn.yb) | (dict(seen=share.seen) if share else {})
+    out = learn.model(*learn.xb, phase=phase, **more)
     learn.pred = out.pred
     learn._call_one('after_pred')
     if len(learn.yb):
@@ -127,7 +128,7 @@ def _tell(self:Phases, cb):
     "Tell a callback of fastai that a phase has begun"
     if isinstance(cb, GradientAccumulation): cb.count = 0 # what it had gathered is dropped
     several = self.now.ssl and self._views()[0]>1
-    whole = not (several or self.now.name=='mix' and isinstance(phase_dl(self.dls, 'mix'), JointDL))
+    whole = not (several or self.now.name=='mix' and _is_joint(self.dls))
     if isinstance(cb, MixHandler): cb.run = self.now.sl and whole # it blends one batch, all of which has labels
     if isinstance(cb, TrackerCallback):
         cb.run = self.now.sl or self.plan.e_sl==0 or bool(getattr(cb, 'every_epoch', False))

@@ -112,7 +112,7 @@ def _explained(learn, phases):
     except ValueError as e:
         if 'more than 1 value per channel' not in str(e): raise
         raise ValueError("bs: a batch of one image is too small for the batch normalisation of this model: use more "
-                         f"images, or drop_last=True. ({e})") from e
+                         f"images (of joint batches sl_bs), or drop_last=True. ({e})") from e
     except RuntimeError as e:
         at = f"in epoch {learn.epoch}, in the {phases.now.name} phase" if phases.now else 'at the start'
         for says,text in _misfortunes(learn, at):

@@ -21,6 +21,7 @@ from fastai.torch_core import find_bs
 from timm.utils import unwrap_model
 
 from .distributed import _everyones, _ranks, _shared, _summed
+from ..model import _n_sl
 
 # %% ../../nbs/callback/03_recorder.ipynb #61a3953e
 class MixRecorder(Callback):
@@ -150,9 +151,7 @@ def _sizes(x):
 
 def _kind(phase, x, yb=()):
     "What two training steps of one cost have in common: the phase, the sizes, and how many have labels, if not all"
-    sizes = _sizes(x)
-    part = phase=='mix' and len(yb) and len(yb[0])<sizes[0][0]
-    return (phase, sizes, len(yb[0])) if part else (phase, sizes)
+    return (phase, _sizes(x), *_n_sl(phase, x, yb).values())
 
 # %% ../../nbs/callback/03_recorder.ipynb #c1d22a87
 @patch
@@ -160,7 +159,7 @@ def after_batch(self:MixRecorder):
     "Add the losses of a training batch"
     if self.training and not len(self.yb): raise ValueError("the training images have no labels: call fit_ssl")
     if not (self.active and self.training and self.learn.losses): return
-    bs = find_bs(self.learn.yb)
+    bs = find_bs(self.learn.xb)
     if self.world_size>1: bs /= getattr(self.dl, 'repeats', 1)
     for k,v in dict(self.learn.losses, train_loss=self.learn.loss).items():
         if k not in self.sums: self.sums[k] = torch.zeros((), device=v.device)

@@ -16,6 +16,7 @@ from fastai.callback.core import Callback
 from torch.utils._pytree import tree_leaves
 
 from .distributed import _ranks, _summed
+from ..checks import _check_unit
 from ..model import MixModel
 from ..objective.features import evaluating
 from ..task.core import _generators_kept, _two
@@ -28,8 +29,9 @@ class GradShare(Callback):
         balance:bool=False, # Scale the losses so that the share is alpha?
         beta:float=0.95, # Weight of earlier steps in the average, in [0,1)
     ):
-        if not isinstance(balance, bool): raise TypeError(f"balance must be True or False, got {balance!r}")
-        self.balance,self.beta,self.norms2,self.ratio,self.weight = balance,beta,[None,None],None,0.
+        if balance not in (True,False): raise TypeError(f"balance must be True or False, got {balance!r}")
+        _check_unit(beta=beta)
+        self.balance,self.beta,self.norms2,self.ratio,self.weight = bool(balance),beta,[None,None],None,0.
 
     def seen(self,
         i:int, # 0: from the objective; 1: from the heads
@@ -63,18 +65,27 @@ def _average(self:GradShare, r):
     self.weight = torch.where(ok, torch.lerp(torch.ones_like(r), self.weight, self.beta), self.weight)
 
 @patch
-def before_batch(self:GradShare):
-    "Nothing has come back yet"
+def before_backward(self:GradShare):
+    "Nothing has come back yet: of gradients that others have asked for nothing is known"
     self.norms2 = [None,None]
 
 @patch
 def after_backward(self:GradShare):
     "All has come back"
     ph = self.learn.phases
-    if ph.now.name!='mix' or None in self.norms2 or not 0<ph.alpha<1: return
+    if ph.now.name!='mix': return
+    if not 0<ph.alpha<1: self.learn.losses['ssl_share'] = torch.full_like(self.learn.loss, ph.alpha)
+    elif None not in self.norms2: self._take_in(ph.alpha)
+    elif self.balance: raise RuntimeError(
+        "balance=True: nothing came back to the features. A head whose first layer works in place (ReLU(inplace=True)) "
+        "is one reason")
+
+@patch
+def _take_in(self:GradShare, alpha):
+    "The norms of this step"
     n,(a,b) = torch.stack(self.norms2),self.scales
     if _ranks(self.learn)[1]>1: n = _summed(n)
-    odds = math.log(ph.alpha/(1-ph.alpha))
+    odds = math.log(alpha/(1-alpha))
     r = 0.5*(n[0]/n[1]).log() - odds - torch.as_tensor(a/b).to(n).log() # of the losses as they are
     self._average(r)
     self.learn.losses['ssl_share'] = torch.sigmoid(torch.where(torch.isfinite(r), r, self.log_ratio) + odds)

@@ -193,10 +193,11 @@ def show_batch(self:SeededDL,
     if self.views==1: return TfmdDL.show_batch(self, b, max_n, **({'figsize':figsize} if figsize else {}), **kwargs)
     xs,*y = self.one_batch() if b is None else b
     n,ws = min(max_n, len(xs[0])),[x.shape[-1]/xs[0].shape[-1] for x in xs] # small crops are shown small
+    k,y = len(y[0]) if y else n,[t[torch.arange(n)%len(t)] for t in y] # a joint batch has labels for the first `k`
     fig,axs = plt.subplots(n, len(xs), figsize=figsize or (1.5*sum(ws), 1.6*n), squeeze=False, width_ratios=ws)
     for axc,x in zip(axs.T, xs):
-        for ax,(im,*cat) in zip(axc, self.decode_batch((x,*y), max_n=n)):
-            _draw(ax, im, cat if x is xs[0] else ())
+        for i,(ax,(im,*cat)) in enumerate(zip(axc, self.decode_batch((x[:n],*y), max_n=n))):
+            _draw(ax, im, cat if x is xs[0] and i<k else ())
 
 # %% ../../nbs/data/04_derive.ipynb #f9cfc3f6
 @patch

@@ -8,11 +8,13 @@ Docs: https://mixfast.github.io/mixfast/data/hold_out.html.md"""
 __all__ = ['hold_out']
 
 # %% ../../nbs/data/06b_hold_out.ipynb #b490190f
+from numbers import Real
+
 import numpy as np, torch
 from fastai.data.core import DataLoaders, Datasets
 from sklearn.model_selection import train_test_split
 
-from ..checks import _check_seed, _check_unit
+from ..checks import _check_seed
 from .loader import SeededDL
 from .store import ImageStore
 
@@ -26,8 +28,9 @@ def _classes(ds):
 
 def _split(ds, share, seed):
     "Indices to train on and to hold out. Raises `ValueError` where there are too few."
-    n,k = len(ds),max(round(len(ds)*share), 1)
-    if n<2: raise ValueError(f"share={share} of {n} labelled images leaves none to train on")
+    n = len(ds)
+    k = min(max(round(n*share), 1), n-1)
+    if k<1: raise ValueError(f"share={share} of {n} labelled images leaves none to train on")
     y,draw = _classes(ds),lambda y: train_test_split(np.arange(n), test_size=k, random_state=seed, stratify=y)
     try: return draw(y)
     except ValueError: return draw(None) # too few of a class
@@ -44,7 +47,7 @@ def hold_out(
     seed:int=0, # Of the draw
 )->DataLoaders:
     "Loaders that validate on a share of the labelled training images, and train on the others. Raises `ValueError`."
-    _check_unit(share=share)
+    if not (isinstance(share, Real) and 0<share<1): raise ValueError(f"share must lie between 0 and 1, got {share!r}")
     dl = dls.train
     if not isinstance(dl, SeededDL):
         raise ValueError("hold_out needs loaders of mix_dls, or a MixBlock in your DataBlock")

@@ -14,7 +14,21 @@ from fastcore.basics import patch
 from ..checks import _check_whole
 from .blend import Blend, BlendDL, _resized
 
+# %% ../../nbs/data/03b_joint.ipynb #232e3a98
 MIXES = 'blend','joint'
+
+def _check_mix(mix, sl_bs=None, bs=None):
+    "Raise `ValueError` unless `mix` is one of `MIXES`, and `sl_bs` a number of images up to `bs`, or None"
+    if mix not in MIXES: raise ValueError(f"mix must be one of {MIXES}, got {mix!r}")
+    if sl_bs is None: return
+    _check_whole(1, sl_bs=sl_bs)
+    if bs is not None and sl_bs>bs: raise ValueError(
+        f"sl_bs must be at most the {bs} images for SSL of a batch, got {sl_bs}")
+
+def _is_joint(dls):
+    "Has the mix phase of these loaders joint batches?"
+    opts = getattr(dls.train, 'opts', {})
+    return opts.get('mix')=='joint' and opts.get('ssl') is not None
 
 # %% ../../nbs/data/03b_joint.ipynb #a810a901
 class Joint(Blend):
@@ -46,9 +60,7 @@ class JointDL(BlendDL):
         super().__init__(sl=sl, ssl=ssl, **kwargs)
         self.n = ssl.n
         self.sl_bs = max(self.bs//4, 1) if sl_bs is None else sl_bs
-        _check_whole(1, sl_bs=self.sl_bs)
-        if self.sl_bs>self.bs: raise ValueError(
-            f"sl_bs must be at most the {self.bs} images for SSL of a batch, got {self.sl_bs}: use fewer, or more bs")
+        _check_mix('joint', self.sl_bs, self.bs)
 
     def _prep(self, *pipes): return Joint(*pipes)
     def new(self, dataset=None, cls=None, **kwargs):
@@ -93,9 +105,3 @@ def load(self:JointDL,
     (sl,ssl),(seed,tag,*at) = self.sides,key
     if np.ndim(idxs)==1: idxs = np.stack([idxs, idxs%ssl.n], 1) # fastai's show_batch(unique=True)
     return sl.load(idxs[idxs[:,0]>=0,0], key), ssl.load(idxs[:,1], (seed, tag+2, *at))
-
-# %% ../../nbs/data/03b_joint.ipynb #232e3a98
-def _check_mix(mix, sl_bs=None):
-    "Raise `ValueError` unless `mix` is one of `MIXES`, and `sl_bs` a number of images or None"
-    if mix not in MIXES: raise ValueError(f"mix must be one of {MIXES}, got {mix!r}")
-    if sl_bs is not None: _check_whole(1, sl_bs=sl_bs)

@@ -253,8 +253,8 @@ def mix_dls(
 )->MixDataLoaders:
     "Loaders for all phases from arrays. Raises `ValueError` or `TypeError` on bad input."
     _check_unit(lam=lam)
-    _check_mix(mix, sl_bs)
     if not isinstance(bs, Integral) or bs<1: raise ValueError(f"bs must be a whole number of images, got {bs!r}")
+    _check_mix(mix, sl_bs, bs)
     sl,valid,ssl = _stores(sl, valid, ssl, vocab)
     first,device = sl or ssl,_check_device(device)
     _place([o for o in (sl,valid,ssl) if o], device, on_device)

@@ -9,6 +9,7 @@ __all__ = []
 
 # %% ../../nbs/insight/08a_advise.ipynb #5df3bfbc
 import json, math, os
+from numbers import Real
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from safetensors.torch import load_file, save_file
 
 from ..callback.distributed import _ranks
 from ..callback.recorder import MixRecorder
-from ..checks import _check_positive, _check_unit
+from ..callback.settings import _first_difference, _is_plain
+from ..checks import _check_positive
 from ..data.hold_out import hold_out
 from .compare import _metric
 from .parallel import _line
-from .pilot import (_as_planned, _best, _epochs, _load, _longest, _pilot, _rounds, _seconds, _shortest,
-                                   _step_times, _valid_seconds, candidates)
+from .pilot import (_as_planned, _best, _check_methods, _epochs, _load, _longest, _pilot, _rounds, _seconds, _shortest,
+                                   _step_times, _valid_seconds, _weights, candidates)
 from ..phases import MixPlan
 
 # %% ../../nbs/insight/08a_advise.ipynb #d714a31f
@@ -36,6 +38,7 @@ class _Trials:
     weights:dict=field(default_factory=dict) # Of each method after its last pilot: model and objective
     spent:float=0. # Seconds of all pilots
     chosen:dict=None # The method that was chosen, and its plan
+    call:dict=None # What must be the same for them to go on
 
 @patch
 def row(self:_Trials, name, r):
@@ -53,7 +56,8 @@ def save(self:_Trials):
     "Write what is known, but for weights; the file is there as a whole or not at all"
     if self.folder is None: return
     f = self.folder/'trials.json'
-    f.with_suffix('.part').write_text(json.dumps(dict(rows=self.rows, spent=self.spent, chosen=self.chosen)))
+    known = {k: getattr(self, k) for k in ('rows','spent','chosen','call')}
+    f.with_suffix('.part').write_text(json.dumps(known))
     os.replace(f.with_suffix('.part'), f)
 
 @patch
@@ -67,15 +71,18 @@ def add(self:_Trials, row, weights):
     save_file(flat, self._file(row))
     self.save()
 
-def _trials(folder, resume):
+def _trials(folder, resume, call=None):
     "Trials in a folder, those of an earlier process if they are to go on. Raises `ValueError` if there are others."
-    if folder is None: return _Trials()
-    f = (folder := Path(folder))/'trials.json'
+    if folder is None and resume: raise ValueError("resume=True needs checkpoint, the folder to resume from")
+    if folder is None: return _Trials(call=call)
+    f = (folder := Path(folder).expanduser())/'trials.json'
     folder.mkdir(parents=True, exist_ok=True)
-    if not f.exists(): return _Trials(folder)
+    if not f.exists(): return _Trials(folder, call=call)
     if not resume: raise ValueError(f"checkpoint={str(folder)!r} has pilots of an earlier fit: pass resume=True to go "
                                     "on with them, or another folder")
     t = _Trials(folder, **json.loads(f.read_text()))
+    if diff := _first_difference(t.call or {}, json.loads(json.dumps(call or {}))): raise ValueError(
+        "cannot go on from {}: {} was {!r}, and is {!r}".format(folder, *diff))
     for o in t.rows:
         flat,w = load_file(t._file(o)),dict(model={}, objective={})
         for k,v in flat.items(): w[k.split('.')[0]][k.split('.', 1)[1]] = v
@@ -94,7 +101,8 @@ def _tried(learn, dls, t, name, args, r, seconds, **kwargs):
     if t.row(name, r): return t.row(name, r)
     steps = _measured(t, name, learn, args)
     plan = _longest(args, _epochs(learn, args, steps, 0., dls), seconds) or _shortest(args)
-    score,steps,secs,weights = _pilot(learn, dls, args, plan, t.weights.get(name), **kwargs)
+    try: score,steps,secs,weights = _pilot(learn, dls, args, plan, t.weights.get(name), **kwargs)
+    except FloatingPointError: score,steps,secs,weights = math.nan,steps,0.,_weights(learn) # it has diverged
     row = dict(method=name, round=r, score=score, seconds=secs, e_ssl=plan.e_ssl, e_sl=plan.e_sl, rho=plan.rho)
     t.add(row | dict(steps=steps), weights)
     return t.rows[-1]
@@ -106,15 +114,17 @@ def _said(row, metric, n):
 
 # %% ../../nbs/insight/08a_advise.ipynb #e7575671
 def _halving(learn, dls, t, methods, budget, **kwargs):
-    "The best of the candidates, by name"
+    "The best of the candidates, by name. Raises `FloatingPointError` if all have diverged."
     alive,metric,n = list(methods),_metric(learn),_rounds(len(methods))
-    for r in range(n):
+    for r in range(n if len(alive)>1 else 0):
         rows = {}
         for name in alive:
             new = not t.row(name, r)
             rows[name] = _tried(learn, dls, t, name, methods[name], r, budget/n/len(alive), **kwargs)
             if new: print(_said(rows[name], metric, dls.valid.n), flush=True)
         alive = _best(metric, {k: o['score'] for k,o in rows.items()})[:math.ceil(len(alive)/2)]
+        if math.isnan(rows[alive[0]]['score']): raise FloatingPointError(
+            f"the pilots of {', '.join(rows)} have all diverged: try a lower rate or a longer warm-up")
     return alive[0]
 
 # %% ../../nbs/insight/08a_advise.ipynb #9c902169
@@ -126,12 +136,20 @@ def _check_budget(learn, dls, methods, minutes, share):
         f"minutes={minutes:g} is too short: {n} rounds of the shortest pilots of {len(methods)} candidates take about "
         f"{n*secs/60:.2g} minutes, more than {share:.0%} of it. Pass more minutes, fewer methods, or a larger share")
 
+def _plain_args(args):
+    "Arguments as JSON can hold them"
+    def plain(v): return v if _is_plain(v) else _plain_args(v) if isinstance(v, dict) else repr(v)
+    return {k: plain(v) for k,v in args.items()}
+
 def _why(t, metric, n, name, plan):
     "A sentence"
     last = {o['method']: o for o in t.rows}
-    others = ', '.join(f"{k} {o['score']:.3f}" for k,o in sorted(last.items(), key=lambda o: -o[1]['round']) if k!=name)
-    return (f"{name} is trained, {plan}: in pilots its {metric} is {last[name]['score']:.3f} on {n} held-out images, "
-            f"that of the others {others}.")
+    if name not in last: return f"{name} is trained, {plan}: there is no other candidate."
+    own = last.pop(name)
+    def said(rows): return ', '.join(f"{o['method']} {o['score']:.3f}" for o in rows)
+    same,less = [[o for o in last.values() if (o['round']==own['round'])==b] for b in (True,False)]
+    return (f"{name} is trained, {plan}: in pilots its {metric} is {own['score']:.3f} on {n} held-out images, " +
+            f"that of {said(same)}" + f"; after shorter ones {said(less)}"*bool(less) + '.')
 
 # %% ../../nbs/insight/08a_advise.ipynb #81c61e6f
 @patch
@@ -148,13 +166,15 @@ def fit_best(self:Learner,
 ):
     "Try candidates in short, and train the best of them for the rest of the time. Raises `ValueError` on bad input."
     _check_positive(minutes=minutes)
-    _check_unit(pilots=pilots, held_out=held_out)
+    for k,v in dict(pilots=pilots, held_out=held_out).items():
+        if not (isinstance(v, Real) and 0<v<1): raise ValueError(f"{k} must lie between 0 and 1, got {v!r}")
     if _ranks(self)[1]>1: raise ValueError("fit_best is for one process: call it outside of distrib_ctx")
-    if not len(self.metrics): raise ValueError("fit_best chooses by a metric of predictions: give the learner one")
-    self.to_mix()
+    metric = _metric(self.to_mix())
     methods,dls = methods or candidates(self),hold_out(self.dls, held_out, seed)
-    t = _trials(checkpoint, resume)
-    if not t.rows: _check_budget(self, dls, methods, minutes, pilots)
+    _check_methods(methods, kwargs)
+    call = _plain_args(dict(minutes=minutes, methods=methods, pilots=pilots, held_out=held_out, seed=seed) | kwargs)
+    t = _trials(checkpoint, resume, call)
+    if not t.rows and len(methods)>1: _check_budget(self, dls, methods, minutes, pilots)
     name = t.chosen['method'] if t.chosen else _halving(self, dls, t, methods, 60*minutes*pilots, **kwargs)
     args = methods[name]
     if not t.chosen:
@@ -163,11 +183,11 @@ def fit_best(self:Learner,
         t.chosen = dict(method=name, plan=[plan.e_ssl, plan.e_sl, plan.rho])
         t.save()
     plan = MixPlan(*t.chosen['plan'])
-    self.mix.advice,self.mix.why = pd.DataFrame(t.rows),_why(t, _metric(self), dls.valid.n, name, plan)
+    self.mix.advice,self.mix.why = pd.DataFrame(t.rows),_why(t, metric, dls.valid.n, name, plan)
     print(self.mix.why, flush=True)
-    _load(self, t.weights[name])
-    self.fit_mixtraining(**_as_planned(args, plan) | kwargs, cbs=cbs, resume=resume and checkpoint is not None,
-                         checkpoint=checkpoint and Path(checkpoint)/'fit')
+    _load(self, t.weights.get(name))
+    self.fit_mixtraining(**_as_planned(args, plan) | kwargs, cbs=cbs, resume=resume,
+                         checkpoint=t.folder and t.folder/'fit')
 
 # %% ../../nbs/insight/08a_advise.ipynb #2ba1569d
 @patch
@@ -175,7 +195,7 @@ def plot_advice(self:MixRecorder,
     ax=None, # Where to draw
 ):
     "Scores of the pilots by the seconds that each candidate has had. Raises `ValueError` before any `fit_best`."
-    if not hasattr(self, 'advice'): raise ValueError("there are no pilots yet: call learn.fit_best first")
+    if not len(getattr(self, 'advice', ())): raise ValueError("there are no pilots yet: call learn.fit_best first")
     ax = ax or plt.subplots(figsize=(5,3))[1]
     for name,g in self.advice.groupby('method', sort=False):
         ax.plot(g.seconds.cumsum(), g.score, 'o-', label=name)

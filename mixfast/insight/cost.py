@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from fastcore.basics import patch
-from fastai.torch_core import apply, find_device
+from fastai.torch_core import apply, find_bs, find_device
 
 from ..callback.distributed import _everyones
 from ..callback.recorder import MixRecorder, _kind
@@ -45,9 +45,8 @@ def _batch(learn, phase, bs=None):
     o = learn.mix.objective
     x,*y = phase_dl(learn.dls, phase, o.views, o.view_tfms).one_batch() # the SL phase has one view
     if bs is None: return x,y
-    n = len(x if torch.is_tensor(x) else x[0])
-    n -= len(y[0]) if y and len(y[0])<n else 0 # a joint batch has labelled images beside its `bs`
-    return apply(lambda o: o[torch.arange(round(bs*len(o)/n))%len(o)], (x,y))
+    n = find_bs(x) - sum(_n_sl(phase, x, y).values()) # a joint batch has labelled images beside its `bs`
+    return apply(lambda o: o[torch.arange(max(round(bs*len(o)/n), 1))%len(o)], (x,y))
 
 def _device(learn):
     "Where the loaders put batches, and a fit the model"
@@ -62,7 +61,7 @@ def _copy(learn, objective, dev):
 def _step(learn, m, opt, phase, x, y, loss_func):
     "Make a training step of the copy `m`"
     with learn.mix.autocast(find_device(x).type):
-        loss,_ = phase_loss(m(x, phase, **_n_sl(phase, y)), y, loss_func, phase)
+        loss,_ = phase_loss(m(x, phase, **_n_sl(phase, x, y)), y, loss_func, phase)
     loss.backward()
     opt.step()
     opt.zero_grad()
@@ -188,8 +187,8 @@ def _needs(mix, phases):
         except torch.OutOfMemoryError: return math.inf
         finally: torch.cuda.empty_cache()
     if _device(mix.learn).type=='cuda': return need
-    a,b = need(2),need(4)
-    return lambda bs: a + (b-a)*(bs-2)/2
+    a,b = need(4),need(8)
+    return lambda bs: a + (b-a)*(bs-4)/4
 
 # %% ../../nbs/insight/03_cost.ipynb #743b1989
 @patch

@@ -12,7 +12,7 @@ import math
 
 import numpy as np, pandas as pd
 
-from .compare import _per_cent
+from .compare import _less_is_more, _per_cent
 
 # %% ../../nbs/insight/04a_equal.ipynb #cd9490f1
 _SETTING = ['method','e_ssl','rho'] # what the runs of one point share
@@ -34,6 +34,7 @@ def _at(
 def _cost_of(curve, value):
     "The least cost at which the mean of the curve is `value`; infinite if it never is"
     c,a = curve.cost.to_numpy(),curve.drop(columns='cost').mean(axis=1).to_numpy()
+    if not len(a) or math.isnan(value): return math.nan
     if a[0]>=value: return c[0]
     i = next((i for i in range(1, len(a)) if a[i]>=value), None)
     return math.inf if i is None else c[i-1] + (value-a[i-1])/(a[i]-a[i-1])*(c[i]-c[i-1])
@@ -41,20 +42,24 @@ def _cost_of(curve, value):
 # %% ../../nbs/insight/04a_equal.ipynb #a93da50d
 def _versus(curve, row, name):
     "A row of `equal_cost`"
-    a,cost = row.drop('cost').astype(float),row.cost
-    base = _at(curve, cost)
-    d = (a-base).dropna()
+    base = _at(curve, row.cost)
+    a = row.reindex(base.index).astype(float)
+    both = a.notna() & curve[base.index].notna().all() # the same seeds
+    d,own = (a-base)[both],curve[[*a.index[both],'cost']]
     se = d.std(ddof=1)/math.sqrt(len(d)) if len(d)>1 else math.nan
-    return {name: a.mean(), 'SSL+SL': base.mean(), 'difference': d.mean(), '± se': se,
-            'in se': d.mean()/se if se else math.nan, 'times faster': _cost_of(curve, a.mean())/cost}
+    return {name: a[both].mean(), 'SSL+SL': base[both].mean(), 'difference': d.mean(), '± se': se,
+            'in se': d.mean()/se if se>1e-9 else math.nan, 'times faster': _cost_of(own, a[both].mean())/row.cost}
 
 def equal_cost(
     runs:pd.DataFrame, # Of `compare_methods`, with SSL+SL by its SSL epochs
     x:str='seconds', # The cost: 'seconds' or 'petaflop'
 )->pd.DataFrame: # A row a setting of other methods
     "Each setting beside SSL+SL at equal cost, paired by seed. Raises `ValueError` without two points of SSL+SL."
+    if x not in runs: raise ValueError(f"x must be a column of runs, 'seconds' or 'petaflop', got {x!r}")
     runs,name = _per_cent(runs)
+    if _less_is_more(name): raise ValueError(f"runs must have a metric of which more is better, got {name}")
     base = runs.method.isin(['SL','SSL+SL'])
+    if base.all(): raise ValueError("runs must have another method beside SL and SSL+SL")
     if 'e_ssl' not in runs or runs.e_ssl[base].nunique()<2: raise ValueError(
         "runs must have SSL+SL with several numbers of SSL epochs, or SL beside it: pass compare_methods several e_ssl")
     curve,pts = _by_seed(runs[base].assign(method='SSL+SL', rho=0.), x, name),_by_seed(runs[~base], x, name)

@@ -82,7 +82,7 @@ def grad_cosines(self:MixRecorder,
     dev = next(m.parameters()).device
     x,*y = apply(lambda t: t.to(dev).as_subclass(torch.Tensor), b)
     with torch.random.fork_rng(), evaluating(m), torch.enable_grad():
-        _,parts = phase_loss(m(x, 'mix', **_n_sl('mix', y)), y, learn.loss_func, 'mix', alpha)
+        _,parts = phase_loss(m(x, 'mix', **_n_sl('mix', x, y)), y, learn.loss_func, 'mix', alpha)
         params = list(last_layer(m.backbone).parameters())
         return loss_cosines(parts['ssl_loss'], parts['sl_loss'], params, alpha)
 

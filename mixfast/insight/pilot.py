@@ -8,17 +8,20 @@ Docs: https://mixfast.github.io/mixfast/insight/pilot.html.md"""
 __all__ = ['candidates']
 
 # %% ../../nbs/insight/08_pilot.ipynb #3b589fd7
-import math, time
+import inspect, math, time
+from bisect import bisect_right
 from contextlib import contextmanager
 
 import pandas as pd, torch
 from fastcore.basics import patch
+from fastai.callback.progress import CSVLogger
+from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner
 
 from ..callback.recorder import MixRecorder
 from ..checks import _check_positive
 from ..data.mix import _mixed_as, phase_dl
-from .compare import METHODS, _LastEpoch, _metric
+from .compare import METHODS, _LastEpoch, _less_is_more, _metric
 import mixfast.insight.cost # learn.mix.step_seconds
 from .lr_find import _all_restored
 from .machine import device_clock
@@ -30,10 +33,20 @@ def candidates(
     learn:Learner, # Mix learner
 )->dict: # Arguments of `fit_mixtraining` by name
     "What may be tried: SL alone, SSL+SL and MixTraining, by blends and by joint batches"
-    res = {**METHODS, 'MixTraining': dict(rho=0.5, mix='blend')}
-    other = getattr(learn.dls.train, 'opts', {}).get('ssl') is not None
-    if not other: res['MixTraining'].pop('mix')
-    return res | ({'MixTraining (joint)': dict(rho=0.5, mix='joint')} if other else {})
+    if getattr(learn.dls.train, 'opts', {}).get('ssl') is None: return METHODS | {'MixTraining': dict(rho=0.5)}
+    return METHODS | {'MixTraining': dict(rho=0.5, mix='blend'), 'MixTraining (joint)': dict(rho=0.5, mix='joint')}
+
+def _check_methods(methods, kwargs=()):
+    "Raise `ValueError` on arguments that `fit_mixtraining` does not take, or that are not for the user to choose here"
+    known = set(inspect.signature(Learner.fit_mixtraining).parameters)-{'self','e_sl','cbs','checkpoint','resume'}
+    for name,args in methods.items():
+        if bad := set(args)-known:
+            raise ValueError(f"methods: {name!r} must have arguments of {sorted(known)}, got {sorted(bad)}")
+        if args.get('e_ssl', 0)!=0: raise ValueError(
+            f"methods: e_ssl of {name!r} must be 0, or left out: there are as many epochs as there is time for")
+        MixPlan(args.get('e_ssl', 1), 1, args.get('rho', 0.))
+    if bad := set(kwargs)&{'e_ssl','e_sl','rho','mix'}: raise ValueError(
+        f"{sorted(bad)[0]} is what is to be found out: pass methods, a dict of arguments by name, to try others")
 
 # %% ../../nbs/insight/08_pilot.ipynb #f4f7e194
 def _step_times(learn, args):
@@ -62,8 +75,9 @@ def _longest(args, secs, budget):
     "The longest plan of a candidate that takes `budget` seconds at most; None if there is none with all its phases"
     def plan(e): return MixPlan(args.get('e_ssl', e), e, args.get('rho', 0.))
     def total(e): return _seconds(plan(e), secs)
-    e = max(int(1000*budget/total(1000))+1, 0)
-    while e and total(e)>budget: e -= 1
+    most = 1
+    while total(most)<=budget and most<2**20: most *= 2
+    e = bisect_right(range(1, most+1), budget, key=total)
     return None if not e or plan(e).rho and not plan(e).e_mix else plan(e)
 
 # %% ../../nbs/insight/08_pilot.ipynb #0cf5783a
@@ -82,8 +96,9 @@ def advise(self:MixRecorder,
     "What fits into so many minutes, by the time of a few steps. Raises `ValueError` where nothing does."
     _check_positive(minutes=minutes)
     learn,rows,need = self.learn,[],math.inf
+    _check_methods(methods := methods or candidates(learn))
     valid = _valid_seconds(learn)
-    for name,args in (methods or candidates(learn)).items():
+    for name,args in methods.items():
         secs = _epochs(learn, args, _step_times(learn, args), valid)
         plan = _longest(args, secs, 60*minutes)
         need = min(need, _seconds(_shortest(args), secs)/60)
@@ -98,9 +113,9 @@ def _rounds(n):
     return max(math.ceil(math.log2(n)), 1)
 
 def _best(metric, scores):
-    "Names by their scores, the best first: of a loss or an error that is the lowest, as fastai's trackers have it"
-    low = 'loss' in metric or 'error' in metric
-    return sorted(scores, key=lambda k: scores[k] if low else -scores[k])
+    "Names by their scores, the best first; nan, of a fit that came to nothing, is the worst"
+    sign = 1 if _less_is_more(metric) else -1
+    return sorted(scores, key=lambda k: math.inf if math.isnan(scores[k]) else sign*scores[k])
 
 # %% ../../nbs/insight/08_pilot.ipynb #b95bb998
 def _weights(learn):
@@ -119,8 +134,8 @@ def _as_planned(args, plan): return args | dict(e_ssl=plan.e_ssl, e_sl=plan.e_sl
 @contextmanager
 def _piloting(learn, dls):
     "In this context the learner is quiet and has the loaders `dls`; afterwards it is as before"
-    own = learn.dls
-    with _all_restored(learn), learn.no_bar(), learn.no_logging():
+    own,watchers = learn.dls,[cb for cb in learn.cbs if isinstance(cb, (TrackerCallback,CSVLogger))] # they write files
+    with _all_restored(learn), learn.no_bar(), learn.no_logging(), learn.removed_cbs(watchers):
         learn.dls = dls
         try: yield
         finally: learn.dls = own

@@ -30,7 +30,7 @@ def _cost_row(r):
     name = method_name(replace(e, noise=0., semi=False)).removesuffix(f', rho {e.rho:g}')
     row = dict(method=name, seed=r['seed'], accuracy=r['accuracy'], seconds=r['train_seconds'],
                e_ssl=scaled(e, r['scale']).e_ssl, rho=e.rho, exp=e, alike=_alike(e), scale=r['scale'],
-               machine=r['device'])
+               machine=f"{r['device']}, {'bfloat16' if r['bf16'] else 'float32'}")
     return row | ({'petaflop': r['petaflop']} if 'petaflop' in r else {})
 
 # %% ../../nbs/paper/03a_mixtraining_cost.ipynb #01517360
@@ -46,7 +46,9 @@ def cost_groups(
     for (alike,scale,machine),g in df.groupby(_APART[1:], sort=False):
         for data in dict.fromkeys(data_name(e) for e in g.exp if e.method!='sl'):
             own = g[[e.method=='sl' or data_name(e)==data for e in g.exp]]
-            yield f'{data} {alike.p} %, {alike.model}, scale {scale}', own.drop(columns=_APART)
+            more = ', semi-supervised'*alike.semi + f', label noise {alike.noise:g}'*(alike.noise>0)
+            what = f'{data} {alike.p} %, {alike.model}{more}, {scaled(alike, scale).e_sl} epochs of SL'
+            yield f'{what}, scale {scale}, {machine}', own.drop(columns=_APART)
 
 # %% ../../nbs/paper/03a_mixtraining_cost.ipynb #98683973
 def cost_sections(

@@ -20,7 +20,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.data.transforms import get_c
 from fastai.learner import AvgMetric
 from fastai.losses import CrossEntropyLossFlat
-from fastai.torch_core import to_device
+from fastai.torch_core import find_bs, to_device
 
 from ..data.mix import phase_dl
 from ..model import MixModel, _n_sl
@@ -37,13 +37,15 @@ def _generators_kept():
     finally: random.setstate(py); np.random.set_state(npy)
 
 # %% ../../nbs/task/00_core.ipynb #3223ccca
+def _first(o, n):
+    "The first `n` of images or targets, however they are nested"
+    if isinstance(o, (tuple,list)): return tuple(_first(p, n) for p in o)
+    return o[:n].as_subclass(torch.Tensor) if torch.is_tensor(o) else o[:n]
+
 def _two(learn, phase, views):
     "Two images of a phase on the model's device, with their targets"
     b = phase_dl(learn.dls, phase, views, learn.mix.objective.view_tfms).one_batch()
-    def cut(o):
-        if isinstance(o, (tuple,list)): return tuple(map(cut, o))
-        return o[:2].as_subclass(torch.Tensor) if torch.is_tensor(o) else o[:2]
-    return to_device(tuple(map(cut, b)), next(learn.model.parameters()).device)
+    return to_device(_first(b, 2), next(learn.model.parameters()).device)
 
 # %% ../../nbs/task/00_core.ipynb #26c0ecc0
 @contextmanager
@@ -59,7 +61,7 @@ def _size_named(dl):
 # %% ../../nbs/task/00_core.ipynb #1ec27140
 def _forward(m, x, phase, yb=()):
     "What the model gives. Raises `ValueError` where it cannot take the images."
-    try: return m(x, phase, **_n_sl(phase, yb))
+    try: return m(x, phase, **_n_sl(phase, x, yb))
     except (RuntimeError, AssertionError, IndexError) as e:
         xs,b = [x] if torch.is_tensor(x) else x,body(m.backbone)
         shape = ' and '.join(dict.fromkeys(str(list(o.shape)) for o in xs)) # of large views and of small ones
@@ -181,7 +183,8 @@ def _dry_run(learn, plan:MixPlan, cbs=()):
         if names==['ssl']: return
         x,*y = _two(learn, 'mix' if 'mix' in names else 'sl', m.objective.views if 'mix' in names else 1)
         if 'ssl' in names: _check_size(learn, u, x)
-        for name in [o for o in names if o!='ssl']: out = _forward(m, x, name, y)
+        for name in [o for o in names if o!='ssl']:
+            out = _forward(m, x if name=='mix' else _first(x, find_bs(y)), name, y) # a joint batch has fewer labels
         _check_loss(learn, out, y)
         _check_metrics(learn, out.pred, y)
         if 'ssl' in names: _check_last(learn, x)

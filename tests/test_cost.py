@@ -135,7 +135,7 @@ def test_indicators_are_columns(make):
     learn = make(objective=Shrinking(0.9, 0.8, 0.7))
     learn.fit_mixtraining(3, 2, rho=0.5, recipe=HOT)
     h = learn.mix.history
-    assert h.columns.tolist()==['epoch','phase','train_loss','ssl_loss','sl_loss','valid_loss','accuracy','spread','train_seconds','seconds']
+    assert h.columns.tolist()==['epoch','phase','train_loss','ssl_loss','sl_loss','valid_loss','accuracy','spread','ssl_share','train_seconds','seconds']
     assert h.spread[:3].tolist()==[0.9,0.8,0.7] and h.spread[3:].isna().all() and learn.mix.objective.spreads==[]
     learn.mix.plot_history()
 

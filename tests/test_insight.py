@@ -256,7 +256,7 @@ def test_compare_methods(make, tmp_path):
         return learn
     with pytest.raises(KeyboardInterrupt): compare_methods(new, 2, 2, seeds=3, bar=False, save=tmp_path/'runs.csv', recipe=HOT)
     runs = pd.read_csv(tmp_path/'runs.csv')
-    assert runs.columns.tolist()==['method','seed','accuracy','seconds','petaflop'] and len(runs)==7 and runs.seed.tolist()==[0]*3+[1]*3+[2]
+    assert runs.columns.tolist()==['method','seed','accuracy','seconds','petaflop','e_ssl','rho'] and len(runs)==7 and runs.seed.tolist()==[0]*3+[1]*3+[2]
     assert same(starts[0], starts[1]) and same(starts[0], starts[2]) and not same(starts[0], starts[3])
     assert method_table(runs).index.tolist()==['SL','SSL+SL','MixTraining']
     knn_first = compare_methods(lambda s: make(metrics=[KNNAccuracy(k=3), accuracy]), 1, 1, seeds=1, bar=False)

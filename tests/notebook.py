@@ -1,5 +1,5 @@
 "A notebook in a process of its own, which has imported what others wrote and nothing of mixfast"
-import multiprocessing, os, sys
+import atexit, multiprocessing, os
 from multiprocessing import forkserver
 
 HEAVY = ['torch','torchvision','timm','pandas','matplotlib.pyplot','sklearn.linear_model','nbdev.test'] # five seconds of each notebook
@@ -21,7 +21,8 @@ def work(nb, log):
     for fd in (1,2): os.dup2(f, fd)
     from nbdev.test import nbdev_test
     multiprocessing.set_start_method(None, force=True) # as where nobody has asked for one
-    nbdev_test(str(nb))
+    try: nbdev_test(str(nb))
+    finally: atexit._run_exitfuncs() # such a process runs none by itself, and joblib's would wait for five minutes
 
 def run(ctx, nb, log):
     "Run the notebook; False if it fails"

@@ -1,6 +1,7 @@
 "A notebook in a process of its own, which has imported what others wrote and nothing of mixfast"
-import atexit, multiprocessing, os
+import multiprocessing, os
 from multiprocessing import forkserver
+from joblib.externals.loky import get_reusable_executor
 
 HEAVY = ['torch','torchvision','timm','pandas','matplotlib.pyplot','sklearn.linear_model','nbdev.test'] # five seconds of each notebook
 
@@ -22,7 +23,7 @@ def work(nb, log):
     from nbdev.test import nbdev_test
     multiprocessing.set_start_method(None, force=True) # as where nobody has asked for one
     try: nbdev_test(str(nb))
-    finally: atexit._run_exitfuncs() # such a process runs none by itself, and joblib's would wait for five minutes
+    finally: get_reusable_executor().shutdown(kill_workers=True) # else such a process waits until joblib's are idle for five minutes
 
 def run(ctx, nb, log):
     "Run the notebook; False if it fails"

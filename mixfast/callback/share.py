@@ -50,8 +50,8 @@ def log_ratio(self:GradShare): # Scalar tensor; None: nothing is known yet
 @patch(as_prop=True)
 def scales(self:GradShare)->tuple: # Scalars
     "What to multiply the two losses with in the present step"
-    r,alpha = self.log_ratio,self.learn.phases.alpha
-    if not self.balance or r is None or not 0<alpha<1: return 1.,1.
+    r,alpha = self.log_ratio if self.balance else None,self.learn.phases.alpha
+    if r is None or not 0<alpha<1: return 1.,1.
     total = alpha*r.exp() + 1-alpha # with `g_sl` as the unit
     return total*(-r).exp(), total
 
@@ -64,6 +64,7 @@ def _average(self:GradShare, r):
     self.ratio = torch.where(ok, torch.lerp(r, self.ratio, self.beta), self.ratio)
     self.weight = torch.where(ok, torch.lerp(torch.ones_like(r), self.weight, self.beta), self.weight)
 
+# %% ../../nbs/callback/01b_share.ipynb #c4e3ab51
 @patch
 def before_backward(self:GradShare):
     "Nothing has come back yet: of gradients that others have asked for nothing is known"

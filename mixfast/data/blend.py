@@ -120,10 +120,10 @@ def order(self:BlendDL,
 
 @patch
 def load(self:BlendDL,
-    idxs, # Pairs of samples, int64 [B,2]
+    idxs, # Pairs of samples, int64 [B,2]; -1 is no labelled one
     key:tuple, # As in `SeededDL.load`
 )->tuple: # The batches of both sides
     "Both sides of a batch, each as its own loader loads it"
     (sl,ssl),(seed,tag,*at) = self.sides,key
     if np.ndim(idxs)==1: idxs = np.stack([idxs, idxs%ssl.n], 1) # fastai's show_batch(unique=True)
-    return sl.load(idxs[:,0], key), ssl.load(idxs[:,1], (seed, tag+2, *at))
+    return sl.load(idxs[idxs[:,0]>=0,0], key), ssl.load(idxs[:,1], (seed, tag+2, *at))

@@ -94,14 +94,3 @@ def order(self:JointDL,
     labelled = np.full(self.n, -1)
     labelled[has] = self._turns(has.sum())
     return np.stack([labelled, self.sides[1].order(rng)], 1)
-
-# %% ../../nbs/data/03b_joint.ipynb #60a20d05
-@patch
-def load(self:JointDL,
-    idxs, # Pairs of samples, int64 [B,2]
-    key:tuple, # As in `SeededDL.load`
-)->tuple: # The batches of both sides
-    "Both sides of a batch, each as its own loader loads it"
-    (sl,ssl),(seed,tag,*at) = self.sides,key
-    if np.ndim(idxs)==1: idxs = np.stack([idxs, idxs%ssl.n], 1) # fastai's show_batch(unique=True)
-    return sl.load(idxs[idxs[:,0]>=0,0], key), ssl.load(idxs[:,1], (seed, tag+2, *at))

@@ -267,5 +267,5 @@ def mix_dls(
                   drop_last=drop_last, pin_memory=pin, split_idx=0, **kw)
     valid = MixDL(valid or first.new_empty(), tag=3, after_batch=copy(prep), split_idx=1, **kw)
     dls = MixDataLoaders(train, valid, path=path, device=device)
-    dls.seed,dls.lam = seed,lam # as given, to know them again
+    dls.seed = seed # as given, to know it again
     return dls

@@ -39,6 +39,7 @@ class _Trials:
     spent:float=0. # Seconds of all pilots
     chosen:dict=None # The method that was chosen, and its plan
     call:dict=None # What must be the same for them to go on
+    timed:dict=field(default_factory=dict) # Seconds of a step by phase, by kind of mix phase
 
 @patch
 def row(self:_Trials, name, r):
@@ -91,10 +92,12 @@ def _trials(folder, resume, call=None):
 
 # %% ../../nbs/insight/08a_advise.ipynb #2a219782
 def _measured(t, name, learn, args):
-    "Seconds of a step by phase: those of the last pilot, and what it had none of as timed"
+    "Seconds of a step by phase: those of the last pilot, and what it had none of as timed, once for each kind of mix"
     own = next((o['steps'] for o in reversed(t.rows) if o['method']==name), {})
     plan = MixPlan(args.get('e_ssl', 9), 9, args.get('rho', 0.))
-    return own if all(p.name in own for p in plan.phases) else _step_times(learn, args) | own
+    if all(p.name in own for p in plan.phases): return own
+    if (kind := args.get('mix')) not in t.timed: t.timed[kind] = _step_times(learn, args)
+    return t.timed[kind] | own
 
 def _tried(learn, dls, t, name, args, r, seconds, **kwargs):
     "The row of a pilot of about so many seconds, which is run if it has not been"
@@ -128,10 +131,10 @@ def _halving(learn, dls, t, methods, budget, **kwargs):
     return alive[0]
 
 # %% ../../nbs/insight/08a_advise.ipynb #9c902169
-def _check_budget(learn, dls, methods, minutes, share):
+def _check_budget(learn, dls, t, methods, minutes, share):
     "Raise `ValueError` unless there is time for pilots of all candidates, and for a fit after them"
-    def least(a): return _seconds(_shortest(a), _epochs(learn, a, _step_times(learn, a), 0., dls))
-    n,secs = _rounds(len(methods)),sum(map(least, methods.values()))
+    def least(k, a): return _seconds(_shortest(a), _epochs(learn, a, _measured(t, k, learn, a), 0., dls))
+    n,secs = _rounds(len(methods)),sum(least(*o) for o in methods.items())
     if secs*n>60*minutes*share: raise ValueError(
         f"minutes={minutes:g} is too short: {n} rounds of the shortest pilots of {len(methods)} candidates take about "
         f"{n*secs/60:.2g} minutes, more than {share:.0%} of it. Pass more minutes, fewer methods, or a larger share")
@@ -174,7 +177,7 @@ def fit_best(self:Learner,
     _check_methods(methods, kwargs)
     call = _plain_args(dict(minutes=minutes, methods=methods, pilots=pilots, held_out=held_out, seed=seed) | kwargs)
     t = _trials(checkpoint, resume, call)
-    if not t.rows and len(methods)>1: _check_budget(self, dls, methods, minutes, pilots)
+    if not t.rows and len(methods)>1: _check_budget(self, dls, t, methods, minutes, pilots)
     name = t.chosen['method'] if t.chosen else _halving(self, dls, t, methods, 60*minutes*pilots, **kwargs)
     args = methods[name]
     if not t.chosen:

@@ -98,8 +98,10 @@ def advise(self:MixRecorder,
     learn,rows,need = self.learn,[],math.inf
     _check_methods(methods := methods or candidates(learn))
     valid = _valid_seconds(learn)
+    times = {a.get('mix'): a for a in methods.values()} # of each kind of mix phase once
+    times = {k: _step_times(learn, a) for k,a in times.items()}
     for name,args in methods.items():
-        secs = _epochs(learn, args, _step_times(learn, args), valid)
+        secs = _epochs(learn, args, times[args.get('mix')], valid)
         plan = _longest(args, secs, 60*minutes)
         need = min(need, _seconds(_shortest(args), secs)/60)
         if plan: rows.append(dict(method=name, e_ssl=plan.e_ssl, e_sl=plan.e_sl, rho=plan.rho, mix=args.get('mix', ''),

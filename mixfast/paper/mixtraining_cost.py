@@ -20,9 +20,19 @@ from .records import record_id
 from .report import Section
 
 # %% ../../nbs/paper/03a_mixtraining_cost.ipynb #29f9e139
+def _setting(e):
+    "What runs that are compared with one another share"
+    return replace(e, method='', rho=0., alpha=0.5, alpha_sched='', mixup=False)
+
 def _alike(e):
-    "What experiments of one comparison share; SL has no SSL data, and belongs to all"
-    return replace(e, method='', ssl_data='', e_ssl=0, rho=0., alpha=0.5, alpha_sched='', mixup=False)
+    "The same of any number of SSL epochs; SL has no SSL data, and belongs to all"
+    return replace(_setting(e), ssl_data='', e_ssl=0)
+
+def _machine(r): return f"{r['device']}, {'bfloat16' if r['bf16'] else 'float32'}"
+
+def _once(records):
+    "The records, one of each run and device"
+    return list({(record_id(r, Experiment), r['device']): r for r in records}.values())
 
 def _cost_row(r):
     "A record as `equal_cost` reads it"
@@ -30,7 +40,7 @@ def _cost_row(r):
     name = method_name(replace(e, noise=0., semi=False)).removesuffix(f', rho {e.rho:g}')
     row = dict(method=name, seed=r['seed'], accuracy=r['accuracy'], seconds=r['train_seconds'],
                e_ssl=scaled(e, r['scale']).e_ssl, rho=e.rho, exp=e, alike=_alike(e), scale=r['scale'],
-               machine=f"{r['device']}, {'bfloat16' if r['bf16'] else 'float32'}")
+               machine=_machine(r))
     return row | ({'petaflop': r['petaflop']} if 'petaflop' in r else {})
 
 # %% ../../nbs/paper/03a_mixtraining_cost.ipynb #01517360
@@ -40,9 +50,8 @@ def cost_groups(
     records:list, # Of `read_records`
 ):
     "For each setting, scale and machine: a title, and its runs as `equal_cost` and `plot_methods` read them"
-    runs = {(record_id(r, Experiment), r['device']): r for r in records} # a run that was done twice counts once
-    if not runs: return
-    df = pd.DataFrame(map(_cost_row, runs.values()))
+    if not records: return
+    df = pd.DataFrame(map(_cost_row, _once(records)))
     for (alike,scale,machine),g in df.groupby(_APART[1:], sort=False):
         for data in dict.fromkeys(data_name(e) for e in g.exp if e.method!='sl'):
             own = g[[e.method=='sl' or data_name(e)==data for e in g.exp]]

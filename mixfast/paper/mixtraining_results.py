@@ -17,17 +17,12 @@ from ..insight.gradients import PAPER_COSINES
 from ..insight.plot import _finish
 from .mixtraining import (DATASETS, NAMES, SCALES, Experiment, data_name, describe, experiments,
                                        method_name, scaled, vary)
-from .mixtraining_cost import cost_sections
+from .mixtraining_cost import _machine, _once, _setting, cost_sections
 from .mixtraining_runs import estimate, reproduce
-from .records import Paper, add_paper, read_records, record_id
+from .records import Paper, add_paper, read_records
 from .report import Section, save_report
 from ..phases import MixPlan
 from ..schedule import _check_alpha
-
-# %% ../../nbs/paper/04_mixtraining_results.ipynb #803a4006
-def _setting(e):
-    "What runs that are compared with one another share"
-    return replace(e, method='', rho=0., alpha=0.5, alpha_sched='', mixup=False)
 
 # %% ../../nbs/paper/04_mixtraining_results.ipynb #af07b83c
 def _belongs(e, setting):
@@ -37,16 +32,14 @@ def _belongs(e, setting):
 # %% ../../nbs/paper/04_mixtraining_results.ipynb #71361e85
 def _run_row(r):
     "What is averaged of a record, and what must be alike for it"
-    machine = f"{r['device']}, {'bfloat16' if r['bf16'] else 'float32'}"
     cos = {c: np.mean(v) if (v := r.get('cosines', {}).get(c)) else np.nan for c in PAPER_COSINES}
-    return dict(exp=Experiment(**r['exp']), scale=r['scale'], machine=machine, ours=100*r['accuracy'],
+    return dict(exp=Experiment(**r['exp']), scale=r['scale'], machine=_machine(r), ours=100*r['accuracy'],
                 seconds=r['train_seconds'], **cos)
 
 # %% ../../nbs/paper/04_mixtraining_results.ipynb #eb431f02
 def _ours(records):
     "A row an experiment, scale and machine: mean and standard deviation over the seeds"
-    runs = {(record_id(r, Experiment), r['device']): r for r in records} # a run that was done twice counts once
-    g = pd.DataFrame(map(_run_row, runs.values())).groupby(['exp','scale','machine'], sort=False)
+    g = pd.DataFrame(map(_run_row, _once(records))).groupby(['exp','scale','machine'], sort=False)
     return g.mean().assign(std=g.ours.std(), runs=g.size()).reset_index()
 
 # %% ../../nbs/paper/04_mixtraining_results.ipynb #a4d84cd9

@@ -148,10 +148,12 @@ def plot_methods(
     ax,(runs,name) = ax or plt.subplots(figsize=(5,3.5))[1],_per_cent(runs)
     means = []
     for m,g in runs.groupby('method', sort=False):
-        if m=='SSL+SL' and 'e_ssl' in runs: g = runs[runs.method.isin(['SL',m])] # its curve begins without SSL
         p = _points(g, x, name)
         (px,py),std = (p[o,'mean'] for o in (x,name)),dict(xerr=p[x,'std'], yerr=p[name,'std'])
-        ax.errorbar(px, py, **std, fmt='o-', ms=9, capsize=4, label=m)
+        line = ax.errorbar(px, py, **std, fmt='o-', ms=9, capsize=4, label=m)[0]
         means.append(pd.DataFrame({x:px, name:py}))
+        sl = runs[runs.method=='SL'][[x,name]].mean()
+        if m=='SSL+SL' and 'e_ssl' in runs: # its curve begins without SSL
+            ax.plot([sl[x],px.iloc[0]], [sl[name],py.iloc[0]], color=line.get_color(), zorder=0)
     if any(len(o)>2 for o in means): ax.plot(*_front(pd.concat(means)).T.to_numpy(), 'k:', lw=1, label='Pareto front')
     return _finish(ax, xlabel=_COSTS[x], ylabel=name, xlim=(0,None))

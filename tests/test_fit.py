@@ -75,10 +75,12 @@ def test_history_and_table(make, tmp_path):
     learn = make()
     learn.fit_mixtraining(**FIT, cbs=CSVLogger())
     h = learn.mix.history
-    assert list(h)==['epoch','phase','train_loss','ssl_loss','sl_loss','valid_loss','accuracy','train_seconds','seconds']
+    assert list(h)==['epoch','phase','train_loss','ssl_loss','sl_loss','valid_loss','accuracy','ssl_share',
+        'train_seconds','seconds']
     assert h.phase.tolist()==PHASES and h.epoch.tolist()==list(range(6))
     assert h.ssl_loss.notna().tolist()==[True]*4+[False]*2 and h.sl_loss.notna().tolist()==[False]*2+[True]*4
     assert h.accuracy.notna().tolist()==[False]*2+[True]*4
+    assert h.ssl_share.notna().tolist()==[p=='mix' for p in PHASES] and h.ssl_share.dropna().between(0, 1).all()
     assert np.allclose(h.train_loss[2:4], (h.ssl_loss+h.sl_loss)[2:4]/2, rtol=1e-5)
     assert (h.seconds>=h.train_seconds).all() and (h.train_seconds>0).all()
     assert learn.mix.seconds==pytest.approx(h.groupby('phase').train_seconds.sum().to_dict())
@@ -123,7 +125,7 @@ def test_pictures(make):
     learn.mix.show_reconstructions(n=3)
     learn.fit_mixtraining(**FIT)
     axs = learn.mix.plot_history()
-    assert [ax.get_ylabel() for ax in axs]==['loss','accuracy','lr','alpha']
+    assert [ax.get_ylabel() for ax in axs]==['loss','accuracy','ssl_share','lr','alpha']
     before = torch.get_rng_state()
     learn.mix.show_reconstructions(n=3)
     assert torch.equal(before, torch.get_rng_state()) # looking does not change what comes next

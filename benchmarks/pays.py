@@ -21,6 +21,7 @@ from fastai.torch_core import set_seed
 from fastcore.script import call_parse, store_true
 from mixfast.data.labels import few_labels
 from mixfast.data.mix import mix_dls
+from mixfast.insight.compare import _LastEpoch
 from mixfast.insight.cost import _device
 from mixfast.insight.equal import equal_cost
 from mixfast.insight.parallel import _line
@@ -31,7 +32,7 @@ from mixfast.objective.features import logits
 from mixfast.paper.efficient_ssl import METHODS, EfficientSSL, _backbone, _load, _objective
 from mixfast.paper.records import read_records
 from mixfast.paper.report import Section, save_report
-from mixfast.paper.running import _Course, _image_seconds, _where, run_or_list
+from mixfast.paper.running import _image_seconds, _where, run_or_list
 from mixfast.phases import MixPlan
 from mixfast.schedule import Recipe, get_recipe, warmup_cosine
 
@@ -159,7 +160,7 @@ def run(path, hold_out, bf16, r, seed):
     set_seed(seed)
     learn = learner(r, loaders(r, seed, path, hold_out), bf16)
     args = fit_args(r, learn.dls.train.n, learn.dls.ssl.n)
-    cbs = [_Course(1)] + [SplitRates(args['recipe'].ssl)]*r.split
+    cbs = [_LastEpoch()] + [SplitRates(args['recipe'].ssl)]*r.split
     with learn.no_bar(), learn.no_logging(): learn.fit_mixtraining(**args, cbs=cbs)
     h,cost = learn.mix.history,learn.mix.cost
     share = round(float(h.ssl_share.mean()), 4) if 'ssl_share' in h else None

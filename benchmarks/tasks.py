@@ -22,13 +22,14 @@ from mixfast.data.datasets import cifar10, tinyimagenet
 from mixfast.data.labels import few_labels
 from mixfast.data.masks import oxford_pets
 from mixfast.data.mix import mix_dls
+from mixfast.insight.compare import _LastEpoch
 from mixfast.insight.cost import _device
 from mixfast.insight.parallel import _line
 from mixfast.learner import mix_learner
 from mixfast.paper.efficient_ssl import EfficientSSL, _backbone
 from mixfast.paper.records import read_records
 from mixfast.paper.report import Section, save_report
-from mixfast.paper.running import _Course, _image_seconds, _where, run_or_list
+from mixfast.paper.running import _image_seconds, _where, run_or_list
 from mixfast.phases import MixPlan
 from mixfast.task.heads import Classify
 from mixfast.task.segment import Segment
@@ -107,7 +108,7 @@ def run(path, n, hold_out, bf16, r, seed):
     "The record of a run"
     set_seed(seed)
     learn = learner(r, loaders(r, seed, path, n, hold_out), bf16)
-    with learn.no_bar(), learn.no_logging(): learn.fit_mixtraining(**fit_args(r), cbs=_Course(1))
+    with learn.no_bar(), learn.no_logging(): learn.fit_mixtraining(**fit_args(r), cbs=_LastEpoch())
     cost = learn.mix.cost
     weights = [round(float(o), 4) for o in (-learn.loss_func.log_vars.detach()).exp()] if r.learned else None
     return dict(exp=asdict(r), seed=seed, hold_out=hold_out, bf16=bf16, scores=scores(r, learn.mix.history),

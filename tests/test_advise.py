@@ -53,7 +53,7 @@ def test_the_best_is_trained(scored, best):
     learn.fit_best(**BUDGET)
     assert runs[:4]==list(scores) and len(runs)==6 and best in runs[4:]
     phases = learn.mix.history.phase.tolist()
-    assert set(phases)=={'SL':{'sl'}, 'SSL+SL':{'ssl','sl'}}.get(best, {'ssl','mix','sl'}) and learn.mix.settings['mix_kind']==('joint' if 'joint' in best else 'blend')
+    assert set(phases)=={'SL':{'sl'}, 'SSL+SL':{'ssl','sl'}}.get(best, {'ssl','mix','sl'}) and learn.mix.settings['mix']==('joint' if 'joint' in best else 'blend')
     steps = learn.mix.cost.steps.sum()
     assert 0.8 < steps*0.05/(6-0.6) <= 1 # of six seconds, of which pilots took 0.1 each
     assert learn.mix.why.startswith(best) and learn.mix.advice.method.tolist()==runs

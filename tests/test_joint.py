@@ -107,9 +107,9 @@ def test_a_fit_may_ask_for_the_other_kind(make):
     "`mix` of a fit counts in that fit alone"
     learn = make(n=12, ssl=images(40, seed=2)[0])
     learn.fit_mixtraining(1, 1, rho=1, recipe=HOT, mix='joint')
-    assert learn.mix.cost.steps['mix']==5 and learn.mix.settings['mix_kind']=='joint' and not isinstance(phase_dl(learn.dls, 'mix'), JointDL)
+    assert learn.mix.cost.steps['mix']==5 and learn.mix.settings['mix']=='joint' and not isinstance(phase_dl(learn.dls, 'mix'), JointDL)
     learn.fit_mixtraining(1, 1, rho=1, recipe=HOT)
-    assert learn.mix.cost.steps['mix']==1 and learn.mix.settings['mix_kind']=='blend'
+    assert learn.mix.cost.steps['mix']==1 and learn.mix.settings['mix']=='blend'
 
 def test_images_that_are_all_labelled_are_joint_already(make):
     "Without other images for SSL both kinds are one"

@@ -233,7 +233,7 @@ def test_other_settings(make, tmp_path):
     for learn,kwargs,says in (
         (new(), dict(rho=0.6), 'rho was 0.5, and is 0.6'), (new(), dict(alpha=0.4), 'alpha was 0.5'), (new(), dict(recipe=HOT), 'recipe was'),
         (new(), dict(carry_opt=True), 'carry_opt was False'), (new().to_bf16(), {}, "precision was 'fp32', and is 'bf16'"),
-        (new(n=32), {}, 'valid was|ssl was'), (new(bs=12), {}, 'bs'), (new(embed_dim=64), {}, 'the shape of backbone'), (new(objective=AE), {}, "objective was 'MAE'"),
+        (new(n=32), {}, 'valid_images was|ssl_images was'), (new(bs=12), {}, 'bs'), (new(embed_dim=64), {}, 'the shape of backbone'), (new(objective=AE), {}, "objective was 'MAE'"),
         (new(objective=MAE(depth=1)), {}, "objective_settings was .*'depth': 2.* and is .*'depth': 1"), (new(wd_bn_bias=True), {}, 'wd_bn_bias'),
         (new(dls=mix_dls(images(24), images(9, seed=1), bs=8, seed=3)), {}, 'seed was None, and is 3')):
         with pytest.raises(ValueError, match=says): learn.fit_mixtraining(2, 2, **{**kwargs, 'checkpoint':tmp_path/'run', 'resume':True})

@@ -48,9 +48,9 @@ def _tfms_of(dl):
 def _data_settings(dls, world_size=1, tfms=None)->dict:
     "What the loaders of a fit do; `tfms` is the objective's set of views"
     opts = getattr(dls.train, 'opts', {})
-    data = dict(seed=vars(dls).get('seed'), lam=opts.get('lam'), mix_kind=opts.get('mix'), sl_bs=opts.get('sl_bs'),
-                valid=_fingerprint(dls.valid, world_size))
-    data |= {n: _fingerprint(phase_dl(dls, n), world_size) for n in ('ssl','mix','sl')}
+    data = dict(seed=vars(dls).get('seed'), lam=opts.get('lam'), mix=opts.get('mix'), sl_bs=opts.get('sl_bs'),
+                valid_images=_fingerprint(dls.valid, world_size))
+    data |= {f'{n}_images': _fingerprint(phase_dl(dls, n), world_size) for n in ('ssl','mix','sl')}
     return data | {f'{n}_tfms': _tfms_of(phase_dl(dls, n, tfms=tfms)) for n in ('ssl','sl')}
 
 # %% ../../nbs/callback/04_settings.ipynb #74edc455

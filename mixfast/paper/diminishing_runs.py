@@ -19,13 +19,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ..insight.compare import _LastEpoch
 from ..insight.machine import reset_peak_memory
 from ..insight.parallel import _line
 from ..objective.features import evaluating
 from .diminishing import (RECIPES, Diminishing, _scenes, check_scale, describe, mask_args, mask_dls, mask_learner,
                                        new_backbone, pool_dls, pool_learner, scene_dls, scene_learner)
 from .records import missing_runs, new_record
-from .running import _Course, _image_seconds, _where, run_shown
+from .running import _image_seconds, _where, run_shown
 
 # %% ../../nbs/paper/10_diminishing_runs.ipynb #e7e1cd37
 def _cost(learn):
@@ -138,7 +139,7 @@ def run_diminishing(
     learn = mask_learner(mask_dls(e, seed, path, scale, load, device, hold_out), m, scale, bf16)
     dev = torch.device(learn.dls.device)
     reset_peak_memory(dev)
-    _quietly(learn, learn.fit_mixtraining, **mask_args(e, scale), cbs=[_Course(1), *(cbs or [])])
+    _quietly(learn, learn.fit_mixtraining, **mask_args(e, scale), cbs=[_LastEpoch(), *(cbs or [])])
     if seed==0 and not hold_out: _keep_picture(learn, Path(out)/'masks', scale, _name(e, scale))
     cost['masks'] = _cost(learn)
     total = {k: sum(o[k] for o in cost.values()) for k in ('petaflop','seconds')}

@@ -8,7 +8,7 @@ many. A run is a line of JSON; what has one already is not run again. On a CPU e
 
 CIFAR-10 with 10, 50 or 500 labels a class and Imagenette with a tenth of its images, at 32 pixels; SSL on the same images, or on
 20,000. Objectives of two views and AE have the small ResNet of `mixfast-reproduce --paper efficient_ssl --scale small`, MAE a ViT
-of 4 blocks. Whatever there is of images, SSL has some 1,500 steps and SL 750, of 64 images."""
+of 4 blocks. Whatever there is of images, SSL has some 1,250 steps and SL 500, of 64 images."""
 from mixfast.cli import _quiet; _quiet() # before anything is imported that warns
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -49,18 +49,19 @@ class Run:
     alpha:float=0.5
     balance:bool=False
     sl_bs:int=16
+    ends:bool=False # With the mix phase: no SL phase follows
     pseudo:float=0. # Confidence from which on what the heads say of an image is its label in the mix phase; 0: never
     split:bool=False # In SSL and mix phase the backbone's rate is that of one SSL schedule, the heads' that of SL
 
 SETTINGS = [('cifar10',n,pool) for n in (10,50,500) for pool in (0,20_000)] + [('imagenette',95,0)]
-STEPS = dict(ssl=1500, sl=750) # About so many, of 64 images
+STEPS = dict(ssl=1250, sl=500) # About so many, of 64 images
 BS,VIT = 64,dict(embed_dim=64, depth=4, num_heads=2)
 WORDS = dict(sl='SL', ssl_sl='SSL+SL', mix='MixTraining')
 def kind(r):
     "A mix phase in words"
     alpha = f" {r.alpha:g}" if r.alpha!=0.5 else ''
     more = ', balanced'*r.balance + alpha + f', pseudo {r.pseudo:g}'*(r.pseudo>0) + ', split rates'*r.split
-    return r.mix + more
+    return r.mix + more + ', no SL phase'*r.ends
 def where(r): return f"{r.data}, {r.labels} labels a class, SSL on {f'{r.pool:,} images' if r.pool else 'the same'}"
 def describe(r):
     more = dict(sl='', ssl_sl=f' {r.share:g}', mix=f' {kind(r)}, rho {r.rho:g}, {r.sl_bs} labelled')[r.method]
@@ -69,18 +70,22 @@ def describe(r):
 def search():
     "What is tried on held-out images: kinds of mix phase with SimCLR and with MAE; other objectives"
     many,few = ('cifar10',500,0),('cifar10',50,20_000)
-    joint = dict(mix='joint', rho=1.)
-    for s,kinds in ((many, [dict(rho=r, **k) for r in (0.5,1.) for k in ({}, dict(balance=True), dict(balance=True, alpha=0.8))]),
-                    (few, [joint, joint | dict(rho=0.5), joint | dict(alpha=0.9), joint | dict(balance=True),
-                           joint | dict(balance=True, alpha=0.8), joint | dict(sl_bs=32), joint | dict(pseudo=0.9)])):
-        for o in ('simclr','mae'):
+    joint = dict(mix='joint', rho=0.5)
+    ends = dict(mix='joint', rho=0.5, ends=True)
+    kinds = {many: [dict(rho=0.5), dict(rho=1.), dict(rho=0.5, balance=True), dict(rho=0.5, balance=True, alpha=0.8)],
+             few: [joint, ends, ends | dict(rho=1.), ends | dict(sl_bs=32), joint | dict(balance=True), ends | dict(balance=True)] +
+                  [k | dict(pseudo=p) for k,p in ((joint,0.9), (ends,0.9), (ends,0.7), (ends | dict(rho=1.),0.9))]}
+    for o in ('simclr','mae'):
+        for s in (few,many):
             yield Run(*s, o, 'sl')
-            for share in (0.25,0.5,1.): yield Run(*s, o, 'ssl_sl', share)
-            for k in kinds: yield Run(*s, o, 'mix', **k)
-        yield Run(*s, 'mae', 'mix', rho=0.5, split=True, mix='joint' if s[2] else 'blend')
-        for o in ('visible','ae','byol','dino'):
+            for share in (0.5,1.): yield Run(*s, o, 'ssl_sl', share)
+            for k in kinds[s]: yield Run(*s, o, 'mix', **k)
+    yield Run(*many, 'mae', 'mix', rho=0.5, split=True)
+    yield Run(*few, 'mae', 'mix', split=True, **joint)
+    for o in ('visible','ae','byol','dino'):
+        for s in (few,many):
             yield Run(*s, o, 'ssl_sl')
-            yield Run(*s, o, 'mix', **(joint if s[2] else dict(rho=0.5)))
+            yield Run(*s, o, 'mix', **(ends if s[2] else dict(rho=0.5)))
 
 def main_runs():
     "What is compared on the test split"
@@ -152,8 +157,9 @@ def recipe(r):
 def fit_args(r, n_sl, n_ssl):
     "Epochs by the steps that they have"
     e_ssl,e_sl = [max(round(k/max(n//BS, 1)), 2) for k,n in ((STEPS['ssl'],n_ssl), (STEPS['sl'],n_sl))]
-    e_ssl = dict(sl=0, ssl_sl=max(round(e_ssl*r.share), 1), mix=e_ssl)[r.method]
-    return dict(e_ssl=e_ssl, e_sl=e_sl, rho=r.rho, mix=r.mix, alpha=r.alpha, balance=r.balance, recipe=recipe(r))
+    e_ssl,rho = dict(sl=0, ssl_sl=max(round(e_ssl*r.share), 1), mix=e_ssl)[r.method],r.rho
+    if r.ends: e_sl,rho = MixPlan(e_ssl, e_sl, rho).e_mix,1.
+    return dict(e_ssl=e_ssl, e_sl=e_sl, rho=rho, mix=r.mix, alpha=r.alpha, balance=r.balance, recipe=recipe(r))
 
 def run(path, hold_out, bf16, r, seed):
     "The record of a run"

@@ -67,6 +67,8 @@ from .insight.plot import *
 from .insight.returns import *
 from .insight.pilot import *
 from .insight.advise import *
+from .train.scan import *
+from .train.split import *
 
 # %% ../nbs/all.ipynb #b927db3e
 __all__ = [o for o in globals() if not o.startswith('_')]

@@ -33,7 +33,7 @@ def _fingerprint(dl, world_size=1)->dict:
     if not isinstance(ds, ImageStore):
         names = '\n'.join(Path(o).name for o in getattr(ds, 'items', []) if isinstance(o, (str,Path)))
         return dict(n=len(ds), bs=bs, names=zlib.crc32(names.encode()))
-    some = ds.x[::max(len(ds)//64, 1)].cpu().numpy().tobytes()
+    some = ds.take(range(0, len(ds), max(len(ds)//64, 1))).x.cpu().numpy().tobytes()
     y = b''.join(t.y.cpu().numpy().tobytes() for t in ds.targets.values() if ds.labelled)
     return dict(n=len(ds), bs=bs, shape=list(ds.shape), crc=zlib.crc32(y, zlib.crc32(some)))
 

@@ -8,7 +8,7 @@ Docs: https://mixfast.github.io/mixfast/data/mix.html.md"""
 __all__ = ['MixDataLoaders', 'phase_dl', 'valid_dl', 'mix_dls', 'blend', 'Blend', 'BlendDL']
 
 # %% ../../nbs/data/05_mix.ipynb #31a2e436
-import os
+import math, os
 from contextlib import contextmanager
 from copy import copy
 from numbers import Integral
@@ -224,7 +224,7 @@ def _local_device()->torch.device:
 def _fits(stores, device)->bool:
     "Do the images take at most a quarter of the free memory of a CUDA device?"
     if torch.device(device).type!='cuda': return False
-    return sum(o.x.numel() for o in stores) <= torch.cuda.mem_get_info(device)[0]/4
+    return sum(len(o)*math.prod(o.shape) for o in stores) <= torch.cuda.mem_get_info(device)[0]/4
 
 def _place(stores, device, on_device):
     "Move images to the device where that is wanted, or fits"
@@ -259,9 +259,9 @@ def mix_dls(
     first,device = sl or ssl,_check_device(device)
     _place([o for o in (sl,valid,ssl) if o], device, on_device)
     by_name,(tfms,ssl_tfms) = ssl_tfms is None,_tfms(tfms, ssl_tfms, first, device)
-    stats = image_stats(first.x) if stats is None else _check_stats(stats, first.shape[2])
+    stats = image_stats(first) if stats is None else _check_stats(stats, first.shape[2])
     prep,kw = MixBatch(*stats, tfms if sl else ssl_tfms),dict(bs=bs, seed=_check_seed(seed))
-    pin = device.type=='cuda' and not first.x.is_cuda
+    pin = device.type=='cuda' and first.device.type!='cuda'
     train = MixDL(first, tag=0 if sl else 1, ssl=ssl if sl else None, lam=lam, mix=mix, sl_bs=sl_bs,
                   ssl_batch_tfms=ssl_tfms, ssl_default=by_name, after_batch=prep, shuffle=shuffle,
                   drop_last=drop_last, pin_memory=pin, split_idx=0, **kw)

@@ -8,7 +8,7 @@ Docs: https://mixfast.github.io/mixfast/data/store.html.md"""
 __all__ = ['ImageStore', 'as_images', 'image_stats']
 
 # %% ../../nbs/data/02_store.ipynb #a0035ef3
-import warnings
+import math, warnings
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -48,19 +48,27 @@ def _check_images(
 
 # %% ../../nbs/data/02_store.ipynb #f15a4a2d
 class ImageStore:
-    "Images uint8 [N,H,W,C] in memory, perhaps with labels; a batch is one indexing"
+    "Images uint8 [N,H,W,C] in memory, or mapped into it, perhaps with labels; a batch is one indexing"
     n_inp,split_idx = 1,None
     def __init__(self,
-        x, # Images, uint8 [N,H,W,C] or [N,H,W]
+        x, # Images, uint8 [N,H,W,C] or [N,H,W]; or a store of them
         y=None, # What `Target` takes; a dict of it by name, if there are several; None: unlabelled
         vocab=(), # Class names; of several targets a dict
         name:str='x', # What to call them in an error
     ):
-        self.x,self.labelled = _check_images(x, name),y is not None
-        self.targets = _targets(y, self.x, vocab, name) # without labels those that predictions are like
-        self.chans = self.x.shape[3] # of a batch: grey images can be served as RGB
+        if isinstance(x, ImageStore): self._all,self._rows,self.chans = x._all,x._rows,x.chans
+        else: self.x = _check_images(x, name)
+        self.labelled = y is not None
+        self.targets = _targets(y, self, vocab, name) # without labels those that predictions are like
 
-    def __len__(self): return len(self.x)
+    @property
+    def x(self): return self._all if self._rows is None else self._all[self._rows]
+    @x.setter
+    def x(self, x): self._all,self._rows,self.chans = x,None,x.shape[3] # of a batch: grey can be served as RGB
+
+    @property
+    def device(self): return self._all.device
+    def __len__(self): return len(self._all if self._rows is None else self._rows)
     def __getitem__(self, i): return tuple(o[0] for o in self.batch([i]))
 
 # %% ../../nbs/data/02_store.ipynb #4ba3636a
@@ -68,7 +76,7 @@ def _targets(y, x, vocab, name):
     "Targets by name; one that is alone has none"
     def one(k, y, vocab):
         if y is None: return Target([], 0, vocab)
-        return Target(y, len(x), vocab, f'{k} of {name}' if k else f'labels of {name}', x.shape[1:3], missing=bool(k))
+        return Target(y, len(x), vocab, f'{k} of {name}' if k else f'labels of {name}', x._all.shape[1:3], missing=bool(k))
     if not isinstance(y, dict) and not isinstance(vocab, dict): return {'': one('', y, vocab)}
     if y is not None and (not y or not isinstance(y, dict)):
         raise ValueError(f"{name} must have a dict of targets by name, as vocab is one, got {type(y).__name__}")
@@ -81,8 +89,9 @@ def batch(self:ImageStore,
     idxs, # Which images, int64 [B]
 )->tuple:
     "The images at `idxs` as uint8 [B,C,H,W], and their targets, if there are any"
-    idxs = torch.as_tensor(idxs).to(self.x.device, non_blocking=True)
-    x = self.x.index_select(0, idxs).permute(0,3,1,2).expand(-1,self.chans,-1,-1) # faster than self.x[idxs]
+    idxs = torch.as_tensor(idxs).to(self.device, non_blocking=True)
+    rows = idxs if self._rows is None else self._rows[idxs]
+    x = self._all.index_select(0, rows).permute(0,3,1,2).expand(-1,self.chans,-1,-1) # faster than self._all[rows]
     return (x, *[t.batch(idxs) for t in self.targets.values() if self.labelled])
 
 # %% ../../nbs/data/02_store.ipynb #16fed615
@@ -112,7 +121,7 @@ def loss_func(self:ImageStore):
 @patch(as_prop=True)
 def shape(self:ImageStore)->tuple:
     "Height, width and channels of an image"
-    return (*self.x.shape[1:3], self.chans)
+    return (*self._all.shape[1:3], self.chans)
 
 # %% ../../nbs/data/02_store.ipynb #9da4656b
 @patch(as_prop=True)
@@ -137,7 +146,8 @@ def to(self:ImageStore,
     device, # torch's, or its name
 )->ImageStore:
     "Move the store to `device`: its batches are made there"
-    self.x = self.x.to(device)
+    chans,self.x = self.chans,self.x.to(device)
+    self.chans = chans
     for t in self.targets.values(): t.y = t.y.to(device)
     return self
 
@@ -153,7 +163,7 @@ def unlabelled(self:ImageStore)->ImageStore:
 def new_empty(self:ImageStore)->ImageStore:
     "A store of the same kind without any images, which does not hold on to them either"
     res = copy(self)
-    res.x = self.x.new_empty((0,*self.x.shape[1:]), device='cpu')
+    res.x,res.chans = self._all.new_empty((0,*self._all.shape[1:]), device='cpu'),self.chans
     res.targets = {k: t.empty() for k,t in self.targets.items()}
     return res
 
@@ -161,9 +171,10 @@ def new_empty(self:ImageStore)->ImageStore:
 def take(self:ImageStore,
     idxs, # Which, int64 [n]
 )->ImageStore:
-    "A store of some of the images, with their targets"
-    res,i = copy(self),torch.as_tensor(idxs, device=self.x.device)
-    res.x,res.targets = self.x[i],{k: t.take(i) if len(t) else t for k,t in self.targets.items()}
+    "A store of some of the images, with their targets: the images themselves are not copied"
+    res,i = copy(self),torch.as_tensor(idxs, dtype=torch.long, device=self.device)
+    res._rows = i if self._rows is None else self._rows[i]
+    res.targets = {k: t.take(i) if len(t) else t for k,t in self.targets.items()}
     return res
 
 @patch
@@ -210,6 +221,7 @@ def like(self:ImageStore,
     shape:tuple, # Height, width and channels wanted
 )->ImageStore:
     "Resize the images, cut to the aspect ratio, and make them grey or RGB. Raises `ValueError` if they cannot be."
+    if self.shape==tuple(shape): return self
     x,(h,w,c) = self.x,shape
     if x.shape[3]!=c and (x.shape[3]==2 or c not in (1,3)):
         raise ValueError(f"images of {x.shape[3]} channels cannot be made images of {c}: convert them first")
@@ -238,12 +250,12 @@ def as_images(
 
 # %% ../../nbs/data/02_store.ipynb #68abdcdf
 def image_stats(
-    x, # Images, uint8 [N,H,W,C]
+    x, # Images, uint8 [N,H,W,C], or a store of them
 )->tuple: # Mean and standard deviation of each channel, for values in [0,1]
     "Mean and standard deviation by channel, without ever holding a float copy of the images"
-    x,s = torch.as_tensor(x),0
-    for o in x.split(max(2**18//x[0].numel(), 1)):
-        o = o.flatten(0,2).double()
+    x,s = x if isinstance(x, ImageStore) else ImageStore(x),0
+    for i in torch.arange(len(x)).split(max(2**18//math.prod(x.shape), 1)):
+        o = x.take(i).x.flatten(0,2).double()
         s = s + torch.stack([o.sum(0), (o*o).sum(0)])
-    mean,sq = (s/x[...,0].numel()).cpu().numpy()
+    mean,sq = (s/(len(x)*math.prod(x.shape[:2]))).cpu().numpy()
     return mean/255, np.sqrt((sq-mean**2).clip(1))/255 # a constant channel is not divided by 0

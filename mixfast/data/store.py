@@ -73,10 +73,11 @@ class ImageStore:
 
 # %% ../../nbs/data/02_store.ipynb #4ba3636a
 def _targets(y, x, vocab, name):
-    "Targets by name; one that is alone has none"
+    "Targets of the images of a store by name; one that is alone has none"
     def one(k, y, vocab):
         if y is None: return Target([], 0, vocab)
-        return Target(y, len(x), vocab, f'{k} of {name}' if k else f'labels of {name}', x._all.shape[1:3], missing=bool(k))
+        what,hw = f'{k} of {name}' if k else f'labels of {name}',x._all.shape[1:3]
+        return Target(y, len(x), vocab, what, hw, missing=bool(k))
     if not isinstance(y, dict) and not isinstance(vocab, dict): return {'': one('', y, vocab)}
     if y is not None and (not y or not isinstance(y, dict)):
         raise ValueError(f"{name} must have a dict of targets by name, as vocab is one, got {type(y).__name__}")

@@ -58,6 +58,7 @@ from .transfer import *
 from .hub import *
 from .insight.machine import *
 from .insight.evaluate import *
+from .insight.calibrate import *
 from .insight.gradients import *
 from .insight.lr_find import *
 from .insight.cost import *

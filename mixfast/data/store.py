@@ -62,12 +62,16 @@ class ImageStore:
         self.targets = _targets(y, self, vocab, name) # without labels those that predictions are like
 
     @property
-    def x(self): return self._all if self._rows is None else self._all[self._rows]
+    def x(self):
+        "The images, uint8 [N,H,W,C]; those of a part are copied"
+        return self._all if self._rows is None else self._all[self._rows]
     @x.setter
     def x(self, x): self._all,self._rows,self.chans = x,None,x.shape[3] # of a batch: grey can be served as RGB
 
     @property
-    def device(self): return self._all.device
+    def device(self):
+        "Where they are"
+        return self._all.device
     def __len__(self): return len(self._all if self._rows is None else self._rows)
     def __getitem__(self, i): return tuple(o[0] for o in self.batch([i]))
 

@@ -18,9 +18,14 @@ from sklearn.neighbors import NearestNeighbors
 from torchvision.transforms.v2 import functional as TF
 
 from ..checks import _check_seed
-from ..data.store import _by_chunks
+from ..data.store import ImageStore
 
 # %% ../../nbs/train/01_split.ipynb #d520de51
+def _batches(x, n=1024):
+    "Images, an array or a store, uint8 [B,C,H,W], `n` at a time"
+    store = ImageStore(x)
+    for i in torch.arange(len(store)).split(n): yield store.batch(i)[0]
+
 def _whitened(
     x, # Images, uint8 [N,H,W,C]
     size:int=16, # Of the thumbnails, pixels
@@ -28,7 +33,7 @@ def _whitened(
     "Grey thumbnails with mean 0 and norm 1; 0 where there is no contrast"
     def small(o):
         return TF.resize(TF.rgb_to_grayscale(o) if o.shape[1]==3 else o[:,:1], [size,size], antialias=True)
-    v = _by_chunks(small, torch.as_tensor(x)).flatten(1).numpy().astype(np.float32)
+    v = np.concatenate([small(o).flatten(1).numpy() for o in _batches(x)]).astype(np.float32)
     v -= v.mean(1, keepdims=True)
     norm = np.linalg.norm(v, axis=1, keepdims=True)
     return np.where(norm>2*size, v/np.maximum(norm, 1), 0) # a standard deviation of 2 of 255
@@ -36,11 +41,12 @@ def _whitened(
 def _same(x):
     "Pairs of images that are equal, int64 [pairs,2]: each with the first of its kind"
     first = {}
-    res = [(first.setdefault(hash(o.tobytes()), i), i) for i,o in enumerate(np.asarray(x))]
+    hashes = (hash(o.numpy().tobytes()) for b in _batches(x) for o in b)
+    res = [(first.setdefault(h, i), i) for i,h in enumerate(hashes)]
     return np.array([o for o in res if o[0]<o[1]], np.int64).reshape(-1,2)
 
 def near_pairs(
-    x, # Images, uint8 [N,H,W,C]
+    x, # Images, uint8 [N,H,W,C], or a store of them
     alike:float=0.98, # Correlation of their thumbnails from which on two images are a pair
 )->np.ndarray: # int64 [pairs,2], places in `x`, the lower one first
     "Images that are nearly the same, or are the same"

@@ -70,6 +70,8 @@ from .insight.pilot import *
 from .insight.advise import *
 from .train.scan import *
 from .train.split import *
+from .train.saved import *
+from .train.predict import *
 
 # %% ../nbs/all.ipynb #b927db3e
 __all__ = [o for o in globals() if not o.startswith('_')]

@@ -142,7 +142,7 @@ def fit_mixtraining(self:Learner,
     alpha:float=0.5, # Weight of the self-supervised loss in the mix phase, in [0,1]
     alpha_sched:str=None, # None, or 'linear' or 'cosine': `alpha` runs from 1 to 0 over the mix phase
     recipe=None, # A `Recipe` or its name; default: 'vit_t' for tokens; for maps 'resnet18', or 'siamese' if views>1
-    sl_sched:str='shared', # 'shared': one schedule over mix and SL; 'restart': one for each
+    sl_sched:str='shared', # 'shared': one over mix and SL; 'restart': one for each; 'ssl': mix goes on with that of SSL
     carry_opt:bool=False, # Carry the optimizer's state from the SSL phase into the supervised ones
     mix:str=None, # 'blend' or 'joint', see `mix_dls`; default: as the loaders are
     balance:bool=False, # Scale both losses of the mix phase so that `alpha` is the SSL loss's share of the gradient
@@ -157,7 +157,7 @@ def fit_mixtraining(self:Learner,
     _meet(self)
     plan,seeds,guard = MixPlan(e_ssl, e_sl, rho),Seeds(),FiniteGuard(on_nan)
     cbs = L(cbs).map(lambda o: o() if isinstance(o, type) else o)
-    phases,share = Phases(plan, alpha, alpha_sched, carry_opt),GradShare(balance)
+    phases,share = Phases(plan, alpha, alpha_sched, carry_opt, sl_sched),GradShare(balance)
     _check_sl_sched(sl_sched)
     if recipe is not None: get_recipe(recipe)
     if resume and checkpoint is None: raise ValueError("resume=True needs checkpoint, the folder to resume from")

@@ -134,31 +134,40 @@ def _at(
     return s, _against(s, *mom) if mom else h.betas[0]
 
 # %% ../nbs/02_schedule.ipynb #a69a16d7
-sl_scheds = ('shared', 'restart')
+sl_scheds = ('shared', 'restart', 'ssl')
 
 def _check_sl_sched(sl_sched):
     "Raise unless `sl_sched` is one of `sl_scheds`"
     if sl_sched not in sl_scheds: raise ValueError(f"sl_sched must be one of {sl_scheds}, got {sl_sched!r}")
 
 # %% ../nbs/02_schedule.ipynb #fa81c884
+def _sl_from(
+    plan:MixPlan, # The phases
+    sl_sched:str='shared', # One of `sl_scheds`
+)->int:
+    "The first epoch that goes by the SL set"
+    return plan.e_ssl if sl_sched=='ssl' else plan.sl_start
+
 def _span(
     plan:MixPlan, # The phases
     epoch:int, # Epoch of the fit
-    sl_sched:str='shared', # 'shared': mix and SL have one; 'restart': each has its own
+    sl_sched:str='shared', # 'shared': mix and SL have one; 'restart': each has its own; 'ssl': SSL and mix have one
 )->Phase: # The epochs of one schedule
     "The epochs that share a schedule with `epoch`"
-    p = plan[epoch]
-    return p if sl_sched=='restart' or not p.sl else Phase('sl', plan.sl_start, plan.n_epoch)
+    start = _sl_from(plan, sl_sched)
+    if sl_sched=='restart': return plan[epoch]
+    return Phase('sl', start, plan.n_epoch) if epoch>=start else Phase('ssl', 0, start)
 
 # %% ../nbs/02_schedule.ipynb #f86d16ad
 def _in_charge(
     plan:MixPlan, # The phases
     epoch:int, # Epoch of the fit
     ssl:Hypers, # For the SSL phase
-    sl:Hypers, # For the mix and the SL phase
+    sl:Hypers, # For the SL phase; the mix phase goes by one of them
+    sl_sched:str='shared', # One of `sl_scheds`
 )->Hypers:
     "The set that an epoch goes by"
-    return sl if plan[epoch].sl else ssl
+    return sl if epoch>=_sl_from(plan, sl_sched) else ssl
 
 # %% ../nbs/02_schedule.ipynb #4e29bef7
 def hypers_at(
@@ -167,12 +176,12 @@ def hypers_at(
     batch:int, # Batch of the epoch, from 0
     n_batch:int, # Batches an epoch in this phase
     ssl:Hypers, # For the SSL phase
-    sl:Hypers, # For the mix and the SL phase
+    sl:Hypers, # For the SL phase, and unless `sl_sched` is 'ssl' for the mix phase
     bs:int=256, # Images a step
-    sl_sched:str='shared', # 'shared' or 'restart'
+    sl_sched:str='shared', # One of `sl_scheds`
 )->dict: # `lr`, `mom` and `sqr_mom` (the betas), `wd`
     "What the optimizer is told at one step, in fastai's names"
-    s,h = _span(plan, epoch, sl_sched),_in_charge(plan, epoch, ssl, sl)
+    s,h = _span(plan, epoch, sl_sched),_in_charge(plan, epoch, ssl, sl, sl_sched)
     share,mom = _at(h, (epoch-s.start)*n_batch+batch, len(s)*n_batch, n_batch)
     return dict(lr=h.lr*bs/256*share, mom=mom, sqr_mom=h.betas[1], wd=h.wd)
 
@@ -220,9 +229,10 @@ def _check_recipe(
 ):
     "Raise `ValueError` on a warm-up longer than its phase, or a state to be carried into another optimizer"
     for p in plan.phases:
-        h,s = _in_charge(plan, p.start, recipe.ssl, recipe.sl), _span(plan, p.start, sl_sched)
-        if (h.warmup_epochs or 0)>len(s): raise ValueError(f"warmup_epochs={h.warmup_epochs}, but the "
-            f"{p.name if s==p else 'mix and sl'} phase lasts {len(s)} epochs")
-    if carry_opt and 0<plan.sl_start<plan.n_epoch and recipe.ssl.opt!=recipe.sl.opt:
+        h,s = _in_charge(plan, p.start, recipe.ssl, recipe.sl, sl_sched), _span(plan, p.start, sl_sched)
+        name = ' and '.join(o.name for o in plan.phases if s.start<=o.start and o.stop<=s.stop)
+        if (h.warmup_epochs or 0)>len(s): raise ValueError(
+            f"warmup_epochs={h.warmup_epochs}, but the {name} phase lasts {len(s)} epochs")
+    if carry_opt and 0<_sl_from(plan, sl_sched)<plan.n_epoch and recipe.ssl.opt!=recipe.sl.opt:
         raise ValueError(f"carry_opt=True, but the optimizers differ: opt={recipe.ssl.opt!r} for ssl, "
                          f"{recipe.sl.opt!r} for sl")

@@ -15,7 +15,7 @@ def closed(i, n, base, warm):
     return base*(i+1)/w if i<w else base*(1+math.cos(math.pi*(i-w)/(n-w)))/2
 
 @pytest.mark.parametrize('e_ssl,e_sl,rho', [(6,4,0.5), (4,4,0), (4,4,1), (0,4,0.5), (4,0,0)])
-@pytest.mark.parametrize('sched', ['shared','restart'])
+@pytest.mark.parametrize('sched', ['shared','restart','ssl'])
 @pytest.mark.parametrize('opt', ['adamw','fastai'])
 def test_hypers_at_every_step(make, e_ssl, e_sl, rho, sched, opt):
     seen = []
@@ -26,7 +26,8 @@ def test_hypers_at_every_step(make, e_ssl, e_sl, rho, sched, opt):
     learn.fit_mixtraining(e_ssl, e_sl, rho=rho, recipe=HOT, sl_sched=sched, cbs=Log())
 
     e_mix = math.floor(rho*min(e_ssl, e_sl))
-    parts = [(HOT.ssl, e_ssl-e_mix)] + ([(HOT.sl, e_mix), (HOT.sl, e_sl-e_mix)] if sched=='restart' else [(HOT.sl, e_sl)])
+    parts = dict(shared=[(HOT.ssl, e_ssl-e_mix), (HOT.sl, e_sl)], restart=[(HOT.ssl, e_ssl-e_mix), (HOT.sl, e_mix), (HOT.sl, e_sl-e_mix)],
+                 ssl=[(HOT.ssl, e_ssl), (HOT.sl, e_sl-e_mix)])[sched]
     want = [(closed(i, 3*e, h.lr*8/256, h.warmup), *h.betas, h.wd) for h,e in parts for i in range(3*e)]
     assert len(seen)==len(want)
     for groups,(lr,b1,b2,wd) in zip(seen, want):
@@ -50,15 +51,15 @@ def test_alpha(make, sched):
     mix = [a for e,a in zip(learn.mix.sched['epoch'], learn.mix.sched['alpha']) if 2<=e<4]
     assert mix==pytest.approx(want) and len(seen)==6
 
-@pytest.mark.parametrize('carry_opt,want', [(False, [1,2,3, 1,2,3,4,5,6]), (True, [*range(1,10)])])
-def test_optimizer_state_is_fresh_once(make, carry_opt, want):
-    "Step counts of AdamW: they start over at the first supervised epoch unless told not to, and are carried from mix into SL"
+@pytest.mark.parametrize('carry_opt,sched,want', [(False, 'shared', [1,2,3, 1,2,3,4,5,6]), (True, 'shared', [*range(1,10)]), (False, 'ssl', [1,2,3,4,5,6, 1,2,3])])
+def test_optimizer_state_is_fresh_once(make, carry_opt, sched, want):
+    "Step counts of AdamW: they start over at the first epoch of the SL set unless told not to, and are carried on within it"
     steps = []
     class Log(Callback):
         run_valid = False
         def after_step(self): steps.append(int(self.opt.opt.state[self.learn.model.backbone.patch_embed.proj.weight]['step']))
     learn = make()
-    learn.fit_mixtraining(2, 2, rho=0.5, carry_opt=carry_opt, cbs=Log())
+    learn.fit_mixtraining(2, 2, rho=0.5, carry_opt=carry_opt, sl_sched=sched, cbs=Log())
     assert steps==want
 
 # ---- one cycle

@@ -27,7 +27,7 @@ from ..data.mix import phase_dl, valid_dl
 from ..model import _n_sl, phase_loss
 from ..objective.core import Objective
 from ..phases import MixPlan
-from ..schedule import _check_alpha, alpha_at
+from ..schedule import _check_alpha, _sl_from, alpha_at
 
 # %% ../../nbs/callback/01_core.ipynb #1e50a2e9
 def _one_batch(learn):
@@ -74,9 +74,11 @@ class Phases(Callback):
         alpha:float=0.5, # Weight of the self-supervised loss in the mix phase, in [0,1]
         alpha_sched:str=None, # None, or 'linear' or 'cosine': the weight runs from 1 to 0 over the mix phase
         carry_opt:bool=False, # Carry the optimizer's state from the SSL phase into the supervised ones
+        sl_sched:str='shared', # One of `sl_scheds`: which epochs go by which set of hyperparameters
     ):
         _check_alpha(alpha, alpha_sched)
         self.plan,self.mix_alpha,self.alpha_sched,self.carry_opt,self.now = plan,alpha,alpha_sched,carry_opt,None
+        self.fresh = None if carry_opt else _sl_from(plan, sl_sched) # the epoch at which the optimizer forgets
 
 # %% ../../nbs/callback/01_core.ipynb #bfdb8ddb
 @patch(as_prop=True)
@@ -118,7 +120,7 @@ def _enter(self:Phases, ph):
     "Begin the phase `ph`"
     self.now = ph
     for p in self.model.parameters(): p.grad = None
-    if 0 < ph.start == self.plan.sl_start and not self.carry_opt: self.opt.clear_state()
+    if 0 < ph.start == self.fresh: self.opt.clear_state()
     self.recorder.smooth_loss.reset()
     for cb in self.awake: self._tell(cb)
 

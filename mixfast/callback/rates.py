@@ -26,8 +26,8 @@ class MixScheduler(Callback):
     def __init__(self,
         plan:MixPlan, # The phases
         ssl:Hypers, # For the SSL phase
-        sl:Hypers, # For the mix and the SL phase
-        sl_sched:str='shared', # 'shared' or 'restart'
+        sl:Hypers, # For the SL phase, and unless `sl_sched` is 'ssl' for the mix phase
+        sl_sched:str='shared', # One of `sl_scheds`
     ):
         _check_sl_sched(sl_sched)
         self.plan,self.ssl,self.sl,self.sl_sched = plan,ssl,sl,sl_sched
@@ -41,7 +41,7 @@ def before_fit(self:MixScheduler):
 @patch
 def before_epoch(self:MixScheduler):
     "Have the optimizer of the phase"
-    self._use(_in_charge(self.plan, self.epoch, self.ssl, self.sl).opt)
+    self._use(_in_charge(self.plan, self.epoch, self.ssl, self.sl, self.sl_sched).opt)
 
 @patch
 def _use(self:MixScheduler, name):

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch.nn.functional as F
-from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision # gives learners to_bf16
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
@@ -34,7 +33,7 @@ from mixfast.paper.records import read_records
 from mixfast.paper.report import Section, save_report
 from mixfast.paper.running import _image_seconds, _where, run_or_list
 from mixfast.phases import MixPlan
-from mixfast.schedule import Recipe, get_recipe, warmup_cosine
+from mixfast.schedule import Recipe, get_recipe
 
 @dataclass(frozen=True)
 class Run:
@@ -51,7 +50,7 @@ class Run:
     sl_bs:int=16
     ends:bool=False # With the mix phase: no SL phase follows
     pseudo:float=0. # Confidence from which on what the heads say of an image is its label in the mix phase; 0: never
-    split:bool=False # In SSL and mix phase the backbone's rate is that of one SSL schedule, the heads' that of SL
+    sched:str='shared' # `sl_sched`: whose schedule and optimizer the mix phase goes by
 
 SETTINGS = [('cifar10',n,pool) for n in (10,50,500) for pool in (0,20_000)] + [('imagenette',95,0)]
 STEPS = dict(ssl=1250, sl=500) # About so many, of 64 images
@@ -60,8 +59,8 @@ WORDS = dict(sl='SL', ssl_sl='SSL+SL', mix='MixTraining')
 def kind(r):
     "A mix phase in words"
     alpha = f" {r.alpha:g}" if r.alpha!=0.5 else ''
-    more = ', balanced'*r.balance + alpha + f', pseudo {r.pseudo:g}'*(r.pseudo>0) + ', split rates'*r.split
-    return r.mix + more + ', no SL phase'*r.ends
+    more = ', balanced'*r.balance + alpha + f', pseudo {r.pseudo:g}'*(r.pseudo>0)
+    return r.mix + more + f', {r.sched} schedule'*(r.sched!='shared') + ', no SL phase'*r.ends
 def where(r): return f"{r.data}, {r.labels} labels a class, SSL on {f'{r.pool:,} images' if r.pool else 'the same'}"
 def describe(r):
     more = dict(sl='', ssl_sl=f' {r.share:g}', mix=f' {kind(r)}, rho {r.rho:g}, {r.sl_bs} labelled')[r.method]
@@ -70,22 +69,20 @@ def describe(r):
 def search():
     "What is tried on held-out images: kinds of mix phase with SimCLR and with MAE; other objectives"
     many,few = ('cifar10',500,0),('cifar10',50,20_000)
-    joint = dict(mix='joint', rho=0.5)
-    ends = dict(mix='joint', rho=0.5, ends=True)
-    kinds = {many: [dict(rho=0.5), dict(rho=1.), dict(rho=0.5, balance=True), dict(rho=0.5, balance=True, alpha=0.8)],
-             few: [joint, ends, ends | dict(rho=1.), ends | dict(sl_bs=32), joint | dict(balance=True), ends | dict(balance=True)] +
-                  [k | dict(pseudo=p) for k,p in ((joint,0.9), (ends,0.9), (ends,0.7), (ends | dict(rho=1.),0.9))]}
+    blend,joint = dict(rho=0.5),dict(rho=0.5, mix='joint')
+    late = [dict(sched='ssl'), dict(sched='ssl', alpha=0.9), dict(sched='ssl', alpha=0.8, balance=True)]
+    kinds = {many: [blend, blend | dict(rho=1.), *[blend | o for o in late]],
+             few: [joint, joint | dict(ends=True), *[joint | o for o in late], joint | late[1] | dict(rho=1.),
+                   joint | late[1] | dict(pseudo=0.9), joint | dict(ends=True, pseudo=0.9)]}
     for o in ('simclr','mae'):
-        for s in (few,many):
+        for s in (many,few):
             yield Run(*s, o, 'sl')
-            for share in (0.5,1.): yield Run(*s, o, 'ssl_sl', share)
+            for share in (0.5,0.75,1.): yield Run(*s, o, 'ssl_sl', share)
             for k in kinds[s]: yield Run(*s, o, 'mix', **k)
-    yield Run(*many, 'mae', 'mix', rho=0.5, split=True)
-    yield Run(*few, 'mae', 'mix', split=True, **joint)
     for o in ('visible','ae','byol','dino'):
-        for s in (few,many):
+        for s in (many,few):
             yield Run(*s, o, 'ssl_sl')
-            yield Run(*s, o, 'mix', **(ends if s[2] else dict(rho=0.5)))
+            yield Run(*s, o, 'mix', **(joint if s[2] else blend), **late[1])
 
 def main_runs():
     "What is compared on the test split"
@@ -123,28 +120,12 @@ def pseudo(o, threshold):
     o.__class__ = Pseudo
     return o
 
-class SplitRates(Callback):
-    "One schedule over SSL and mix phase for the backbone, which comes first in the optimizer; the heads by that of SL"
-    order,run_valid = 61,False # after the scheduler
-    def __init__(self, h): self.h = h
-    def before_batch(self):
-        ph,lr = self.phases,self.mix_scheduler.hps['lr'][-1]
-        if not ph.now.ssl: return
-        i,n = self.epoch*self.n_iter+self.iter,ph.plan.e_ssl*self.n_iter # steps of an epoch are about as many in both
-        lr_ssl = self.h.lr*self.mix_scheduler.bs/256*warmup_cosine(min(i, n-1), n, round(self.h.warmup*n))
-        self.opt.set_hyper('lr', [lr_ssl, lr if ph.now.sl else lr_ssl])
-
-def body_and_head(m):
-    head = set(m.get_classifier().parameters())
-    return [[p for p in m.parameters() if p not in head], [p for p in m.parameters() if p in head]]
-
 def learner(r, dls, bf16=True):
     e = EfficientSSL(r.objective, r.data, 'resnet50', 1)
     arch,args,o = _backbone(e, 'small', dls.c),{},_objective(e, 'small') if r.objective in METHODS else r.objective
     if r.objective in ('mae','visible'):
         arch,args,o = 'vit_tiny_patch16_224',dict(patch_size=4, **VIT),MAE(visible_only=r.objective=='visible')
     if r.pseudo: o = pseudo(o, r.pseudo)
-    if r.split: args['splitter'] = body_and_head
     learn = mix_learner(dls, arch, o, metrics=accuracy, **args)
     return learn.to_bf16() if bf16 else learn
 
@@ -159,15 +140,14 @@ def fit_args(r, n_sl, n_ssl):
     e_ssl,e_sl = [max(round(k/max(n//BS, 1)), 2) for k,n in ((STEPS['ssl'],n_ssl), (STEPS['sl'],n_sl))]
     e_ssl,rho = dict(sl=0, ssl_sl=max(round(e_ssl*r.share), 1), mix=e_ssl)[r.method],r.rho
     if r.ends: e_sl,rho = MixPlan(e_ssl, e_sl, rho).e_mix,1.
-    return dict(e_ssl=e_ssl, e_sl=e_sl, rho=rho, mix=r.mix, alpha=r.alpha, balance=r.balance, recipe=recipe(r))
+    return dict(e_ssl=e_ssl, e_sl=e_sl, rho=rho, mix=r.mix, alpha=r.alpha, balance=r.balance, sl_sched=r.sched, recipe=recipe(r))
 
 def run(path, hold_out, bf16, r, seed):
     "The record of a run"
     set_seed(seed)
     learn = learner(r, loaders(r, seed, path, hold_out), bf16)
     args = fit_args(r, learn.dls.train.n, learn.dls.ssl.n)
-    cbs = [_LastEpoch()] + [SplitRates(args['recipe'].ssl)]*r.split
-    with learn.no_bar(), learn.no_logging(): learn.fit_mixtraining(**args, cbs=cbs)
+    with learn.no_bar(), learn.no_logging(): learn.fit_mixtraining(**args, cbs=_LastEpoch())
     h,cost = learn.mix.history,learn.mix.cost
     share = round(float(h.ssl_share.mean()), 4) if 'ssl_share' in h else None
     settings = {k:v for k,v in args.items() if k!='recipe'} | dict(recipe=asdict(args['recipe']), bs=learn.dls.bs)
@@ -179,7 +159,7 @@ def seconds_of(r, path, hold_out, bf16):
     "About how long a run will take, without validation"
     dls = loaders(r, 0, path, hold_out)
     a = fit_args(r, dls.train.n, dls.ssl.n)
-    secs,phases = _image_seconds(learner(r, dls, bf16), 1.)[0],MixPlan(a['e_ssl'], a['e_sl'], a['rho']).phases
+    secs,phases = _image_seconds(learner(r, dls, bf16), 5.)[0],MixPlan(a['e_ssl'], a['e_sl'], a['rho']).phases
     n = dict(sl=dls.train.n, ssl=dls.ssl.n, mix=dls.ssl.n*(1+r.sl_bs/BS) if r.mix=='joint' else dls.train.n)
     return sum(len(p)*n[p.name]*secs[p.name] for p in phases)
 

@@ -28,7 +28,7 @@ def scored(monkeypatch):
     "Pilots that take no time: a function of their scores by method and round, all the same"
     def _scored(scores):
         runs = []
-        def run(learn, dls, args, plan, weights=None, **kwargs):
+        def run(learn, dls, args, plan, weights=None, seed=0, **kwargs):
             name = next(k for k,v in candidates(learn).items() if v==args)
             runs.append(name)
             if callable(scores.get(name)): scores[name]()
@@ -211,3 +211,28 @@ def test_equal_cost_is_paired():
             for m,e,r,a,c in (('SL',0,0,0.2,1), ('SSL+SL',10,0,0.4,3), ('MixTraining',10,0.5,0.35+s*1e-4,2))]
     t = equal_cost(pd.DataFrame(rows), 'petaflop').iloc[0]
     assert t.difference==pytest.approx(5.01) and t['in se']>100 and t['times faster']==pytest.approx(2.5/2, rel=1e-2) and t['at equal epochs']==1.5
+
+def test_what_was_chosen_is_trained_again(hurry):
+    "To the same weights, without the pilots of others"
+    learn,again = learner(),learner()
+    learn.fit_best(**hurry)
+    again.fit_chosen(learn.mix.chosen, recipe=HOT)
+    assert same(state(learn.model), state(again.model)) and again.mix.history.phase.tolist()==learn.mix.history.phase.tolist()
+    chosen = json.loads(json.dumps(learn.mix.chosen)) # as a file keeps it
+    third = learner()
+    third.fit_chosen(chosen, recipe=HOT)
+    assert same(state(learn.model), state(third.model))
+
+def test_what_was_chosen_goes_on(hurry, tmp_path):
+    "From a checkpoint, with no pilot run again"
+    learn = learner()
+    learn.fit_best(**hurry)
+    class Stop(Callback):
+        only_watches = True
+        def after_epoch(self):
+            if self.epoch==0: raise KeyboardInterrupt
+    a,b = learner(),learner()
+    if learn.mix.chosen['plan'][1]>1:
+        with pytest.raises(KeyboardInterrupt): a.fit_chosen(learn.mix.chosen, recipe=HOT, checkpoint=tmp_path/'fit', cbs=Stop())
+    b.fit_chosen(learn.mix.chosen, recipe=HOT, checkpoint=tmp_path/'fit', resume=True)
+    assert same(state(learn.model), state(b.model))

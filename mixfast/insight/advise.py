@@ -104,7 +104,7 @@ def _tried(learn, dls, t, name, args, r, seconds, **kwargs):
     if t.row(name, r): return t.row(name, r)
     steps = _measured(t, name, learn, args)
     plan = _longest(args, _epochs(learn, args, steps, 0., dls), seconds) or _shortest(args)
-    try: score,steps,secs,weights = _pilot(learn, dls, args, plan, t.weights.get(name), **kwargs)
+    try: score,steps,secs,weights = _pilot(learn, dls, args, plan, t.weights.get(name), r, **kwargs)
     except FloatingPointError: score,steps,secs,weights = math.nan,steps,0.,_weights(learn) # it has diverged
     row = dict(method=name, round=r, score=score, seconds=secs, e_ssl=plan.e_ssl, e_sl=plan.e_sl, rho=plan.rho)
     t.add(row | dict(steps=steps), weights)
@@ -155,6 +155,17 @@ def _why(t, metric, n, name, plan):
             f"that of {said(same)}" + f"; after shorter ones {said(less)}"*bool(less) + '.')
 
 # %% ../../nbs/insight/08a_advise.ipynb #81c61e6f
+def _planned(o): return [o['e_ssl'], o['e_sl'], o['rho']]
+
+def _choose(learn, dls, t, methods, minutes, pilots, **kwargs):
+    "Find out which candidate is the best, and what plan of it there is time for"
+    name = _halving(learn, dls, t, methods, 60*minutes*pilots, **kwargs)
+    args = methods[name]
+    secs = _epochs(learn, args, _measured(t, name, learn, args), _valid_seconds(learn))
+    plan = _longest(args, secs, 60*minutes-t.spent) or _shortest(args)
+    t.chosen = dict(method=name, plan=[plan.e_ssl, plan.e_sl, plan.rho])
+    t.save()
+
 @patch
 def fit_best(self:Learner,
     minutes:float, # For all, pilots included
@@ -178,19 +189,33 @@ def fit_best(self:Learner,
     call = _plain_args(dict(minutes=minutes, methods=methods, pilots=pilots, held_out=held_out, seed=seed) | kwargs)
     t = _trials(checkpoint, resume, call)
     if not t.rows and len(methods)>1: _check_budget(self, dls, t, methods, minutes, pilots)
-    name = t.chosen['method'] if t.chosen else _halving(self, dls, t, methods, 60*minutes*pilots, **kwargs)
-    args = methods[name]
-    if not t.chosen:
-        secs = _epochs(self, args, _measured(t, name, self, args), _valid_seconds(self))
-        plan = _longest(args, secs, 60*minutes-t.spent) or _shortest(args)
-        t.chosen = dict(method=name, plan=[plan.e_ssl, plan.e_sl, plan.rho])
-        t.save()
-    plan = MixPlan(*t.chosen['plan'])
+    if not t.chosen: _choose(self, dls, t, methods, minutes, pilots, **kwargs)
+    name,plan = t.chosen['method'],MixPlan(*t.chosen['plan'])
     self.mix.advice,self.mix.why = pd.DataFrame(t.rows),_why(t, metric, dls.valid.n, name, plan)
+    tried = [_planned(o) for o in t.rows if o['method']==name]
+    self.mix.chosen = dict(t.chosen, args=methods[name], pilots=tried, held_out=held_out, seed=seed)
     print(self.mix.why, flush=True)
     _load(self, t.weights.get(name))
-    self.fit_mixtraining(**_as_planned(args, plan) | kwargs, cbs=cbs, resume=resume,
+    self.fit_mixtraining(**_as_planned(methods[name], plan) | kwargs, cbs=cbs, resume=resume,
                          checkpoint=t.folder and t.folder/'fit')
+
+# %% ../../nbs/insight/08a_advise.ipynb #f149b540
+@patch
+def fit_chosen(self:Learner,
+    chosen:dict, # `learn.mix.chosen` of an earlier `fit_best`
+    cbs=None, # Callbacks of the fit, not of pilots
+    checkpoint=None, # Folder for checkpoints of the fit; None: none are written
+    resume:bool=False, # Go on with what is there
+    **kwargs # For `fit_mixtraining`, as there
+):
+    "Train what an earlier `fit_best` has chosen, without trying others. Raises `ValueError` on bad input."
+    args,w,dls = chosen['args'],None,hold_out(self.to_mix().dls, chosen['held_out'], chosen['seed'])
+    ended = resume and checkpoint is not None and any(Path(checkpoint).expanduser().glob('*'))
+    for r,plan in enumerate([] if ended else chosen['pilots']):
+        *_,w = _pilot(self, dls, args, MixPlan(*plan), w, r, **kwargs)
+    _load(self, w)
+    plan = MixPlan(*chosen['plan'])
+    self.fit_mixtraining(**_as_planned(args, plan) | kwargs, cbs=cbs, checkpoint=checkpoint, resume=resume)
 
 # %% ../../nbs/insight/08a_advise.ipynb #2ba1569d
 @patch

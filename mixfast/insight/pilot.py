@@ -137,14 +137,18 @@ def _as_planned(args, plan): return args | dict(e_ssl=plan.e_ssl, e_sl=plan.e_sl
 def _piloting(learn, dls):
     "In this context the learner is quiet and has the loaders `dls`; afterwards it is as before"
     own,watchers = learn.dls,[cb for cb in learn.cbs if isinstance(cb, (TrackerCallback,CSVLogger))] # they write files
+    states = [(dl, dl.state_dict()) for dl in dls.loaders]
     with _all_restored(learn), learn.no_bar(), learn.no_logging(), learn.removed_cbs(watchers):
         learn.dls = dls
         try: yield
-        finally: learn.dls = own
+        finally:
+            learn.dls = own
+            for dl,state in states: dl.load_state_dict(state) # all pilots see the same
 
-def _pilot(learn, dls, args, plan, weights=None, **kwargs):
+def _pilot(learn, dls, args, plan, weights=None, seed=0, **kwargs):
     "A short fit: its score, seconds by phase of a step, seconds in all; and weights"
-    with _piloting(learn, dls):
+    with _piloting(learn, dls), torch.random.fork_rng():
+        torch.manual_seed(seed)
         _load(learn, weights)
         t = time.perf_counter()
         learn.fit_mixtraining(**_as_planned(args, plan) | kwargs, cbs=_LastEpoch())

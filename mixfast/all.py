@@ -73,6 +73,7 @@ from .train.split import *
 from .train.saved import *
 from .train.predict import *
 from .train.job import *
+from .train.run import *
 
 # %% ../nbs/all.ipynb #b927db3e
 __all__ = [o for o in globals() if not o.startswith('_')]

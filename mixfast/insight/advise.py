@@ -204,18 +204,19 @@ def fit_best(self:Learner,
 def fit_chosen(self:Learner,
     chosen:dict, # `learn.mix.chosen` of an earlier `fit_best`
     cbs=None, # Callbacks of the fit, not of pilots
-    checkpoint=None, # Folder for checkpoints of the fit; None: none are written
+    checkpoint=None, # Folder for checkpoints, or that of `fit_best`; None: none are written
     resume:bool=False, # Go on with what is there
     **kwargs # For `fit_mixtraining`, as there
 ):
     "Train what an earlier `fit_best` has chosen, without trying others. Raises `ValueError` on bad input."
     args,w,dls = chosen['args'],None,hold_out(self.to_mix().dls, chosen['held_out'], chosen['seed'])
-    ended = resume and checkpoint is not None and any(Path(checkpoint).expanduser().glob('*'))
-    for r,plan in enumerate([] if ended else chosen['pilots']):
+    folder = checkpoint and Path(checkpoint).expanduser()/'fit' # as `fit_best` has it
+    begun = resume and folder is not None and folder.exists()
+    for r,plan in enumerate([] if begun else chosen['pilots']):
         *_,w = _pilot(self, dls, args, MixPlan(*plan), w, r, **kwargs)
     _load(self, w)
     plan = MixPlan(*chosen['plan'])
-    self.fit_mixtraining(**_as_planned(args, plan) | kwargs, cbs=cbs, checkpoint=checkpoint, resume=resume)
+    self.fit_mixtraining(**_as_planned(args, plan) | kwargs, cbs=cbs, checkpoint=folder, resume=resume)
 
 # %% ../../nbs/insight/08a_advise.ipynb #2ba1569d
 @patch

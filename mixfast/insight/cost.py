@@ -78,11 +78,11 @@ def _steps(learn, bs=None, phases=_PHASES):
 @patch
 def step_times(self:MixRecorder,
     n:int=10, # Steps of each kind, after two that do not count
-)->dict: # By phase: a list of seconds, one for each training step
+)->dict: # By phase: a list of seconds, one for each training step; without labels of SSL alone
     "Time training steps of each phase, in turns; nothing is changed"
     ts,dev = defaultdict(list),_device(self.learn)
     with torch.random.fork_rng():
-        steps,*_ = _steps(self.learn)
+        steps,*_ = _steps(self.learn, phases=_PHASES if _labelled(self.learn) else ['ssl'])
         for i in range(n+2):
             for p,f in steps.items():
                 t = device_clock(dev)

@@ -7,7 +7,7 @@ Docs: https://mixfast.github.io/mixfast/train/job.html.md"""
 # %% auto #0
 __all__ = ['Job', 'JobSettings', 'prepare', 'describe_job']
 
-# %% ../../nbs/train/04_job.ipynb #6dafdd40
+# %% ../../nbs/train/04_job.ipynb #7510523f
 from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..task.segment import Segment
 from .scan import scan
 from .split import _check_classes, joined_groups, near_pairs, split_groups
 
-# %% ../../nbs/train/04_job.ipynb #19da1163
+# %% ../../nbs/train/04_job.ipynb #1af8f4c7
 @dataclass(frozen=True)
 class JobSettings:
     "What to train on, and how; None: chosen by what is found"
@@ -56,7 +56,7 @@ class JobSettings:
         if any(given) and not all(given): raise ValueError(
             "e_ssl, e_sl and rho make a plan together: give all of them, or none and minutes")
 
-# %% ../../nbs/train/04_job.ipynb #1471a235
+# %% ../../nbs/train/04_job.ipynb #f242c5a6
 def _size(found, device):
     "Height and width for the images that were found, pixels, a multiple of 16"
     short = pd.concat([found.width,found.height], axis=1).dropna().astype(int).min(axis=1).median()
@@ -74,7 +74,7 @@ def _chosen(s, found, device):
     own['bs'] = min(own['bs'], 2**int(np.log2(max(n//4, 8)))) # a few steps an epoch, however few there are
     return replace(s, **{k:v for k,v in own.items() if getattr(s, k) is None})
 
-# %% ../../nbs/train/04_job.ipynb #06eb6210
+# %% ../../nbs/train/04_job.ipynb #1833d313
 def _loaded(s, found, cache, bar, n_workers):
     "The images of what was found as a store; what was found, with the place of each there. Raises `ValueError`."
     path,found = Path(s.photos).expanduser(),found.copy()
@@ -92,7 +92,7 @@ def _mask_store(s, found, cache, bar, n_workers):
     y,kept = load_files(found['mask'][rows].tolist(), s.size, 'P', **args)
     return y[...,0], rows[kept]
 
-# %% ../../nbs/train/04_job.ipynb #776dc16c
+# %% ../../nbs/train/04_job.ipynb #e81e2ced
 def _parted(s, found, store):
     "What was found, with the columns `valid` (bool) and `twin` (file of a labelled image that is nearly the same)"
     found = found.assign(valid=False, twin=None)
@@ -100,7 +100,7 @@ def _parted(s, found, store):
     if not len(labelled): return found
     one_class = found.label.isna().all()
     if not one_class: _check_classes(found.label[labelled].astype(str))
-    pairs = near_pairs(store.take(found['at'][labelled].astype(int).to_numpy()))
+    pairs = near_pairs(store.take(found['at'][labelled].astype(int).tolist()))
     for i,j in labelled.to_numpy()[pairs]: found.loc[[i,j],'twin'] = found.file[j],found.file[i]
     if (found.split=='valid').any(): return found.assign(valid=found.split.eq('valid') & found.index.isin(labelled))
     groups = joined_groups(pairs, found.group[labelled].tolist())
@@ -108,12 +108,12 @@ def _parted(s, found, store):
     found.loc[labelled,'valid'] = split_groups(labels, groups, s.valid, s.seed)
     return found
 
-# %% ../../nbs/train/04_job.ipynb #89cc2051
+# %% ../../nbs/train/04_job.ipynb #a54293b3
 _TFMS = [BatchResizedCrop(scale=(0.5,1)), BatchFlip()]
 
 def _loaders(s, found, store, masks, vocab, device):
     "Loaders of what was found: labelled to train and to validate on, all but these for SSL. Raises `ValueError`."
-    def part(rows): return store.take(found['at'][rows].astype(int).to_numpy())
+    def part(rows): return store.take(found['at'][rows].astype(int).tolist())
     at = found['at'].notna() & (found.split!='test')
     known = at & (found.label.notna() if masks is None else found.index.isin(masks[1]))
     kw = dict(bs=s.bs, device=device, seed=s.seed)
@@ -125,7 +125,7 @@ def _loaders(s, found, store, masks, vocab, device):
     ssl = part(at & ~found.valid) if (at & ~known).any() else None
     return mix_dls(sl, valid, ssl, vocab=vocab, tfms=_TFMS, **kw)
 
-# %% ../../nbs/train/04_job.ipynb #80b7599d
+# %% ../../nbs/train/04_job.ipynb #3714d3d8
 def _classes(found, masks):
     "Class names, and masks whose numbers are theirs"
     if masks is None: return sorted(found.label.dropna().unique()), None
@@ -158,7 +158,7 @@ def prepare(
     learn = mix_learner(dls, s.model, s.objective, **kw)
     return Job(s, found, dls, learn.to_bf16() if device.type=='cuda' else learn)
 
-# %% ../../nbs/train/04_job.ipynb #8f1e299d
+# %% ../../nbs/train/04_job.ipynb #1ce68ca2
 def _counts(found, most=8):
     "How many images each class has, in words"
     n = found.label.value_counts().sort_index()
@@ -186,7 +186,7 @@ def _known(job):
     said = f'{known.sum():,} {what}, {(~known).sum():,} without' if known.any() else 'none has a label'
     return f'{len(found):,} images in {job.settings.photos}: {said}'
 
-# %% ../../nbs/train/04_job.ipynb #c9691a85
+# %% ../../nbs/train/04_job.ipynb #c3fb7d72
 def describe_job(
     job:Job, # Of `prepare`
 )->list: # Lines

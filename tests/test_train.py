@@ -1,0 +1,104 @@
+"From a folder of photos to a trained model: what is found, what is chosen, a crash, a config, and what is refused"
+import numpy as np, pandas as pd, pytest, torch
+from fastai.callback.core import Callback
+from PIL import Image
+
+from conftest import images, same, state
+from mixfast.all import JobSettings, prepare, read_config, train_job
+from mixfast.insight import advise
+
+class Stop(Callback):
+    "Fail at the end of an epoch, as a machine does"
+    only_watches = True
+    def __init__(self, epoch): self.n = epoch
+    def after_epoch(self):
+        if self.epoch==self.n: raise RuntimeError('no power')
+
+def save(f, x):
+    f.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(x).save(f)
+
+@pytest.fixture
+def photos(tmp_path):
+    "Three classes of 12 images each, 12 without a class"
+    x,y = images(48, 16)
+    for i,(o,k) in enumerate(zip(x, y)): save(tmp_path/'photos'/('unlabelled' if i>=36 else f'class{k}')/f'{i}.png', o[...,0])
+    return tmp_path/'photos'
+
+@pytest.fixture
+def run(photos, tmp_path, monkeypatch):
+    "A function that trains into a folder of a name"
+    monkeypatch.setattr(advise, '_check_budget', lambda *_: None) # pilots may be longer than there is time for
+    def _run(out='run', cbs=None, chosen=None, path=photos, **kw):
+        s = JobSettings(str(path), **(dict(minutes=0.02, objective='ae', device='cpu') | kw))
+        return train_job(s, tmp_path/out, chosen, tmp_path/'cache', False, cbs, lambda _: None)
+    return _run
+
+PLAN = dict(e_ssl=2, e_sl=2, rho=0.5)
+
+def test_by_minutes(run, tmp_path):
+    "Candidates are tried, one is trained; its config trains the same weights"
+    job,cfg = run(),read_config(tmp_path/'run'/'config.json')
+    assert cfg['chosen']==job.learn.mix.chosen and len(job.learn.mix.history) and (tmp_path/'run'/'history.csv').exists()
+    again = train_job(cfg['used'], tmp_path/'again', cfg['chosen'], tmp_path/'cache', False, say=lambda _: None)
+    assert same(state(job.learn.model), state(again.learn.model))
+    assert read_config(tmp_path/'again'/'config.json')['chosen']==cfg['chosen']
+
+def test_an_ended_run_is_not_run_again(run):
+    job,again = run(),run()
+    assert same(state(job.learn.model), state(again.learn.model)) and again.learn.mix.history.epoch.tolist()==job.learn.mix.history.epoch.tolist()
+
+@pytest.mark.parametrize('kw', [PLAN, {}])
+def test_after_a_crash(run, kw):
+    "The same call goes on; pilots that were done are not done again"
+    whole = run('whole', **kw)
+    with pytest.raises(RuntimeError, match='no power'): run('stopped', Stop(0), **kw)
+    if kw:
+        again = run('stopped', **kw)
+        assert same(state(whole.learn.model), state(again.learn.model))
+    else: assert len(run('stopped').learn.mix.history) # what fits into the time may differ
+
+def test_labels_are_not_needed(run, tmp_path):
+    for i,o in enumerate(images(20, 16)[0]): save(tmp_path/'bare'/f'{i}.png', o[...,0])
+    job = run(path=tmp_path/'bare')
+    assert set(job.learn.mix.history.phase)=={'ssl'} and job.settings.e_sl==0
+    assert len(run(path=tmp_path/'bare').learn.mix.history)==job.settings.e_ssl
+
+@pytest.mark.parametrize('values', [(0,1),(0,255)])
+def test_masks(run, tmp_path, values):
+    "Two classes, also as an image of black and white; an image without a mask is for SSL"
+    for i,o in enumerate(images(16, 32)[0]):
+        save(tmp_path/'seg'/f'{i}.png', o[...,0])
+        if i<12: save(tmp_path/'masks'/f'{i}.png', np.where(o[...,0]>110, *values[::-1]).astype(np.uint8))
+    job = run(path=tmp_path/'seg', masks=str(tmp_path/'masks'), **PLAN)
+    assert job.dls.vocab==['0','1'] and job.dls.ssl.n==13 and job.learn.mix.history.miou.iloc[-1]>0
+
+def test_groups_stay_together(run, photos, tmp_path):
+    files = sorted(f.relative_to(photos).as_posix() for f in photos.glob('class*/*.png'))
+    df = pd.DataFrame(dict(file=files, label=[f[:6] for f in files], patient=[f'p{i//2}' for i in range(len(files))]))
+    df.to_csv(tmp_path/'labels.csv', index=False)
+    found = run(labels=str(tmp_path/'labels.csv'), group='patient', **PLAN).found
+    assert found.groupby('group').valid.nunique().eq(1).all() and found.valid.sum()>4
+
+def test_a_folder_for_validation(photos, tmp_path):
+    "Its images are those to validate on; those to test on are not seen"
+    for part in 'train','val','test':
+        for f in photos.glob('class*/*.png'): save(tmp_path/'parts'/part/f.parent.name/f.name, np.asarray(Image.open(f)))
+    job = prepare(JobSettings(str(tmp_path/'parts'), objective='ae', device='cpu'), cache=tmp_path/'cache', bar=False)
+    assert (job.dls.train.n, len(job.dls.valid.dataset), job.dls.ssl.n)==(36, 36, 36)
+    assert job.found.twin.notna().sum()==72
+
+def test_half_an_image_is_left_out(run, photos):
+    "And named, as is a file that is none"
+    f = next(photos.glob('class0/*.png'))
+    f.write_bytes(f.read_bytes()[:-40])
+    (photos/'class1'/'none.png').write_text('no image')
+    found = run(**PLAN).found
+    assert found.error.notna().sum()==2 and found['at'].isna().sum()==2
+
+@pytest.mark.parametrize('kw,match', [
+    (dict(e_ssl=1), 'make a plan together'), (dict(minutes=-1), 'minutes'), (dict(valid=0.9), 'valid_pct must lie between'),
+    (dict(model='resnet'), "arch must be the name of a timm model"), (dict(objective='mea'), 'objective'), (dict(device='tpu'), 'device'),
+    (dict(group='patient'), 'group is a column'), (dict(labels='none.csv'), 'none.csv cannot be read'), (dict(masks='none'), 'is no folder')])
+def test_what_is_refused(run, kw, match):
+    with pytest.raises(ValueError, match=match): run(**kw)

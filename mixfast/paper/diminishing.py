@@ -215,12 +215,14 @@ def mask_learner(
     backbone, # It is trained
     scale:str='paper', # As in `pool_learner`
     bf16:bool=True, # Likewise
+    scene_weight:float=1., # Of the loss of scenes, beside that of masks
 ):
     "A learner for masks, and for scenes if `dls` have them: one linear layer a task"
     iou = MeanIoU(vocab=dls.vocab if isinstance(dls.vocab, list) else None)
-    metrics,task = [iou, PixelAccuracy(255, of=iou), ImageIoU()],Segment('linear')
-    if len(dls.train_ds.targets)>1: task,metrics = dict(mask=task, scene=Classify()),dict(mask=metrics)
-    return _learner(dls, backbone, scale, bf16, 'ae', task=task, metrics=metrics)
+    metrics,task,weights = [iou, PixelAccuracy(255, of=iou), ImageIoU()],Segment('linear'),None
+    if len(dls.train_ds.targets)>1:
+        task,metrics,weights = dict(mask=task, scene=Classify()),dict(mask=metrics),dict(mask=1., scene=scene_weight)
+    return _learner(dls, backbone, scale, bf16, 'ae', task=task, metrics=metrics, task_weights=weights)
 
 # %% ../../nbs/paper/09_diminishing.ipynb #f1ca139b
 def mask_args(

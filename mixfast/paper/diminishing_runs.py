@@ -132,11 +132,12 @@ def run_diminishing(
     device=None, # Default: fastai's
     cbs=None, # Callbacks of the last step
     hold_out:int=0, # As in `mask_dls`
+    scene_weight:float=1., # As in `mask_learner`
 )->dict: # The record
     "Train, and say all there is to say about it"
     m,cost = prepared_backbone(e, seed, path, out, scale, bf16, load, device)
     set_seed(seed)
-    learn = mask_learner(mask_dls(e, seed, path, scale, load, device, hold_out), m, scale, bf16)
+    learn = mask_learner(mask_dls(e, seed, path, scale, load, device, hold_out), m, scale, bf16, scene_weight)
     dev = torch.device(learn.dls.device)
     reset_peak_memory(dev)
     _quietly(learn, learn.fit_mixtraining, **mask_args(e, scale), cbs=[_LastEpoch(), *(cbs or [])])

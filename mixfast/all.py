@@ -74,6 +74,8 @@ from .train.saved import *
 from .train.predict import *
 from .train.job import *
 from .train.run import *
+from .train.judge import *
+from .train.report import *
 
 # %% ../nbs/all.ipynb #b927db3e
 __all__ = [o for o in globals() if not o.startswith('_')]

@@ -9,7 +9,6 @@ __all__ = ['diminishing', 'diminishing_results', 'grid_table', 'plot_grid', 'way
            'plot_masks', 'write_report']
 
 # %% ../../nbs/paper/11_diminishing_results.ipynb #a5c36ef5
-import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -140,8 +139,8 @@ def plot_masks(
     px,rows = check_scale(scale)['px'],[read(scale), *[read(_name(e, scale)) for e in exps]]
     ax = ax or plt.subplots(figsize=(7,1.1*(2+len(exps))))[1]
     ax.imshow(np.concatenate(rows))
-    names = ['photo','mask', *map(describe, exps)]
-    ax.set_yticks(px*(np.arange(len(names))+0.5), [textwrap.fill(o, 24) for o in names], fontsize=8)
+    names = ['photo','mask', *[f'{WAYS[e.way]}: {e.n_sl:,}, after {e.n:,} images' for e in exps]]
+    ax.set_yticks(px*(np.arange(len(names))+0.5), names, fontsize=8)
     ax.tick_params(length=0); ax.set_xticks([]); ax.spines[:].set_visible(False)
     return ax
 

@@ -76,6 +76,7 @@ from .train.job import *
 from .train.run import *
 from .train.judge import *
 from .train.report import *
+from .train.core import train_folder
 
 # %% ../nbs/all.ipynb #b927db3e
 __all__ = [o for o in globals() if not o.startswith('_')]

@@ -102,3 +102,47 @@ def test_half_an_image_is_left_out(run, photos):
     (dict(group='patient'), 'group is a column'), (dict(labels='none.csv'), 'none.csv cannot be read'), (dict(masks='none'), 'is no folder')])
 def test_what_is_refused(run, kw, match):
     with pytest.raises(ValueError, match=match): run(**kw)
+
+def command(name, *args):
+    "The exit status of a command, in this process"
+    import sys
+    from mixfast import cli
+    old,sys.argv = sys.argv,[f'mixfast-{name}', *map(str, args)]
+    try: getattr(cli, name)()
+    except SystemExit as e: return e.code or 0
+    finally: sys.argv = old
+    return 0
+
+def test_commands(photos, tmp_path, capsys):
+    "Train, stop at nothing, the same from the config, predict"
+    args = '--e-ssl 1 --e-sl 1 --rho 1 --objective ae --device cpu --quiet'.split()
+    out,cache = tmp_path/'run',['--cache',tmp_path/'cache']
+    assert command('train', photos, '--out', out, *cache, *args)==0
+    said = capsys.readouterr().out
+    assert '48 images in' in said and 'accuracy' in said and f"report: {out/'report.html'}" in said
+    assert command('train', '--config', out/'config.json', '--out', tmp_path/'again', *cache, '--quiet')==0
+    a,b = [(tmp_path/o/'classifier'/'model.safetensors').read_bytes() for o in ('run','again')]
+    assert a==b
+    assert command('predict', out, photos, '--out', tmp_path/'p.csv', '--quiet')==0
+    df = pd.read_csv(tmp_path/'p.csv')
+    assert len(df)==48 and set(df['class'])<={'class0','class1','class2'}
+
+@pytest.mark.parametrize('args,match', [
+    ([], 'say which folder of photos'), (['none'], 'none is no folder'), (['--config','none.json'], 'none.json is no config'),
+    (['.','--masks','none','--labels','x'], 'pass labels or masks, not both'), (['.'], 'no images in')])
+def test_commands_say_what_is_wrong(tmp_path, capsys, monkeypatch, args, match):
+    "In a line, and end with 2"
+    monkeypatch.chdir(tmp_path)
+    assert command('train', *args)==2
+    err = capsys.readouterr().err
+    assert match in err and err.count('\n')==1 and err.startswith('mixfast-train: ')
+
+def test_prediction_says_what_is_wrong(tmp_path, capsys):
+    assert command('predict', tmp_path/'none', tmp_path)==2
+    assert 'has no classifier/ and no segmenter/' in capsys.readouterr().err
+
+def test_a_run_needs_room(photos, tmp_path, capsys):
+    "A folder that cannot be written to"
+    (tmp_path/'file').write_text('')
+    assert command('train', photos, '--out', tmp_path/'file'/'run', '--quiet')==2
+    assert 'mixfast-train: ' in capsys.readouterr().err

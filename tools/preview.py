@@ -11,7 +11,7 @@ from readme import nb_md, root
 
 def image(data, mime): return f'![](data:{mime};base64,{"".join(data.split())})\n'
 
-rooms = '. objective task data callback insight paper bench tutorials'.split() # as one reads them
+rooms = '. objective task data callback insight train paper bench tutorials'.split() # as one reads them
 
 def sidebar(pages, here):
     "Links from page `here` to all pages, a heading a folder"

@@ -212,27 +212,19 @@ def test_equal_cost_is_paired():
     t = equal_cost(pd.DataFrame(rows), 'petaflop').iloc[0]
     assert t.difference==pytest.approx(5.01) and t['in se']>100 and t['times faster']==pytest.approx(2.5/2, rel=1e-2) and t['at equal epochs']==1.5
 
-def test_what_was_chosen_is_trained_again(hurry):
-    "To the same weights, without the pilots of others"
-    learn,again = learner(),learner()
-    learn.fit_best(**hurry)
-    again.fit_chosen(learn.mix.chosen, recipe=HOT)
-    assert same(state(learn.model), state(again.model)) and again.mix.history.phase.tolist()==learn.mix.history.phase.tolist()
-    chosen = json.loads(json.dumps(learn.mix.chosen)) # as a file keeps it
-    third = learner()
-    third.fit_chosen(chosen, recipe=HOT)
-    assert same(state(learn.model), state(third.model))
-
-def test_what_was_chosen_goes_on(hurry, tmp_path):
-    "From a checkpoint, with no pilot run again"
+@pytest.mark.parametrize('best', ['SL','SSL+SL','MixTraining','MixTraining (joint)'])
+def test_what_was_chosen_is_trained_again(hurry, monkeypatch, tmp_path, best):
+    "To the same weights, without the pilots of others; also from a file, after a crash, and after one before any checkpoint"
+    monkeypatch.setattr(advise, '_best', lambda metric, scores: sorted(scores, key=lambda k: k!=best))
     learn = learner()
     learn.fit_best(**hurry)
-    class Stop(Callback):
-        only_watches = True
-        def after_epoch(self):
-            if self.epoch==0: raise KeyboardInterrupt
-    a,b = learner(),learner()
-    if learn.mix.chosen['plan'][1]>1:
-        with pytest.raises(KeyboardInterrupt): a.fit_chosen(learn.mix.chosen, recipe=HOT, checkpoint=tmp_path/'fit', cbs=Stop())
-    b.fit_chosen(learn.mix.chosen, recipe=HOT, checkpoint=tmp_path/'fit', resume=True)
-    assert same(state(learn.model), state(b.model))
+    chosen = json.loads(json.dumps(learn.mix.chosen)) # as a file keeps it
+    assert chosen['method']==best
+    for e in 0,1:
+        class Crash(Callback):
+            order,only_watches = 2000*e,True # before the first checkpoint is written, and after it
+            def after_epoch(self): stop()
+        with pytest.raises(Stop): learner().fit_chosen(chosen, recipe=HOT, checkpoint=tmp_path/str(e), cbs=Crash())
+        again = learner()
+        again.fit_chosen(chosen, recipe=HOT, checkpoint=tmp_path/str(e), resume=True)
+        assert same(state(learn.model), state(again.model)) and again.mix.history.phase.tolist()==learn.mix.history.phase.tolist()

@@ -19,6 +19,7 @@ from fastai.learner import Learner
 from safetensors.torch import load_file, save_file
 
 from ..callback.distributed import _ranks
+from ..callback.files import _read_index
 from ..callback.recorder import MixRecorder
 from ..callback.settings import _first_difference, _is_plain
 from ..checks import _check_positive
@@ -211,7 +212,7 @@ def fit_chosen(self:Learner,
     "Train what an earlier `fit_best` has chosen, without trying others. Raises `ValueError` on bad input."
     args,w,dls = chosen['args'],None,hold_out(self.to_mix().dls, chosen['held_out'], chosen['seed'])
     folder = checkpoint and Path(checkpoint).expanduser()/'fit' # as `fit_best` has it
-    begun = resume and folder is not None and folder.exists()
+    begun = resume and folder is not None and _read_index(folder) # a checkpoint is there
     for r,plan in enumerate([] if begun else chosen['pilots']):
         *_,w = _pilot(self, dls, args, MixPlan(*plan), w, r, **kwargs)
     _load(self, w)

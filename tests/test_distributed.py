@@ -244,7 +244,7 @@ def test_fastai_loaders(launch, files):
     res = launch(partial(fit, world=2, make_learn=new, bs=8, e=(1,2), rho=1), 2)
     assert check_alike(res)['loaders']==['TfmdDL','TfmdDL']
     res = launch(partial(fit, world=2, make_learn=partial(new, seed=None), bs=8, e=(2,2)), 2)
-    assert all(re.match('process 1 would train with valid .* give a seed to whatever is drawn at random', str(o)) for o in res), res
+    assert all(re.match('process 1 would train with valid_images .* give a seed to whatever is drawn at random', str(o)) for o in res), res
 
 def test_errors(launch, tmp_path):
     "Said in all processes, before any training"

@@ -227,6 +227,7 @@ def predict_speedup(self:MixRecorder,
     steps:dict=None, # Seconds of a step by phase; default: `step_seconds()`
 )->float: # More than 1: faster
     "How many times faster than SSL-then-SL a fit with `rho` will be, in training seconds"
+    if not _labelled(self.learn): raise ValueError("the training images have no labels: there is nothing to merge")
     if steps is None: steps = self.step_seconds()
     return self.predict_seconds(0, e_ssl, e_sl, steps)/self.predict_seconds(rho, e_ssl, e_sl, steps)
 

@@ -214,7 +214,8 @@ def predict_seconds(self:MixRecorder,
     e_sl:int=100, # Epochs of SL, the mixed ones included
     steps:dict=None, # Seconds of a step by phase; default: `step_seconds()`
 )->float: # Training seconds, validation and the loading of batches left out
-    "Training seconds of a fit, before it is run"
+    "Training seconds of a fit, before it is run. Raises `ValueError` on SL without labels."
+    if e_sl and not _labelled(self.learn): raise ValueError(f"e_sl={e_sl}, but the training images have no labels")
     if steps is None: steps = self.step_seconds()
     return sum(len(p)*len(phase_dl(self.learn.dls, p.name))*steps[p.name] for p in MixPlan(e_ssl, e_sl, rho).phases)
 
@@ -227,7 +228,6 @@ def predict_speedup(self:MixRecorder,
     steps:dict=None, # Seconds of a step by phase; default: `step_seconds()`
 )->float: # More than 1: faster
     "How many times faster than SSL-then-SL a fit with `rho` will be, in training seconds"
-    if not _labelled(self.learn): raise ValueError("the training images have no labels: there is nothing to merge")
     if steps is None: steps = self.step_seconds()
     return self.predict_seconds(0, e_ssl, e_sl, steps)/self.predict_seconds(rho, e_ssl, e_sl, steps)
 

@@ -8,7 +8,7 @@ Docs: https://mixfast.github.io/mixfast/insight/advise.html.md"""
 __all__ = []
 
 # %% ../../nbs/insight/08a_advise.ipynb #5df3bfbc
-import json, math, os
+import json, math
 from numbers import Real
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from fastai.learner import Learner
 from safetensors.torch import load_file, save_file
 
 from ..callback.distributed import _ranks
-from ..callback.files import _read_index
+from ..callback.files import _read_index, _write_atomic
 from ..callback.recorder import MixRecorder
 from ..callback.settings import _first_difference, _is_plain
 from ..checks import _check_positive
@@ -57,10 +57,8 @@ def _file(self:_Trials, row):
 def save(self:_Trials):
     "Write what is known, but for weights; the file is there as a whole or not at all"
     if self.folder is None: return
-    f = self.folder/'trials.json'
     known = {k: getattr(self, k) for k in ('rows','spent','chosen','call')}
-    f.with_suffix('.part').write_text(json.dumps(known))
-    os.replace(f.with_suffix('.part'), f)
+    _write_atomic(self.folder/'trials.json', json.dumps(known).encode())
 
 @patch
 def add(self:_Trials, row, weights):

@@ -51,7 +51,7 @@ def _leave(job, out):
 def _or_exit(name, f):
     "`f()`; what it cannot do is a line, and the process ends with 2"
     try: return f()
-    except (ValueError, TypeError, FileNotFoundError, PermissionError, OSError) as e:
+    except (ValueError, TypeError, OSError) as e:
         print(f'{name}: {e}', file=sys.stderr)
         sys.exit(2)
 

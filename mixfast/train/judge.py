@@ -11,10 +11,10 @@ __all__ = ['Judged', 'judge_classes', 'judge_masks']
 from collections import namedtuple
 
 import numpy as np, pandas as pd, torch
-import torch.nn.functional as F
 
 from ..insight.calibrate import _softmax, calibration_error, fit_temperature, score_interval
 from ..objective.features import evaluating
+from ..task.confusion import class_iou, confusion_counts
 from .job import Job
 
 # %% ../../nbs/train/06_judge.ipynb #0105b1a8
@@ -49,21 +49,15 @@ def judge_classes(
     pred = p.argmax(1)
     df = pd.DataFrame(dict(file=files, true=vocab[y], predicted=vocab[pred], probability=p.max(1),
                            loss=-np.log(p[np.arange(len(y)),y].clip(1e-12))))
-    confusion = np.zeros((len(vocab),len(vocab)), int)
-    np.add.at(confusion, (y,pred), 1)
+    confusion = confusion_counts(torch.from_numpy(pred), torch.from_numpy(y), len(vocab), -1).numpy()
     return Judged((pred==y).mean(), *score_interval(pred==y), df, t, _folds_error(logits, y), confusion)
 
 # %% ../../nbs/train/06_judge.ipynb #78742a23
 def _confusions(p, y, c):
     "Pixels by true and predicted class of each image, int64 [B,c,c]; what is missing does not count"
-    known,n = y.flatten(1)<c,len(y)
-    i = (torch.arange(n)[:,None]*c + y.flatten(1).long().clamp(max=c-1))*c + p.argmax(1).flatten(1)
-    return torch.bincount(i[known], minlength=n*c*c).view(n, c, c)
+    return torch.stack([confusion_counts(a, b, c) for a,b in zip(p.argmax(1), y)])
 
-def _miou(m):
-    "The mean over classes that are there of intersection by union, of confusion matrices [...,c,c]"
-    hit,all_ = np.diagonal(m, axis1=-2, axis2=-1),m.sum(-1)+m.sum(-2)-np.diagonal(m, axis1=-2, axis2=-1)
-    return np.nanmean(np.where(all_>0, hit/np.maximum(all_, 1), np.nan), -1)
+def _miou(n): return class_iou(n).nanmean().item()
 
 def judge_masks(
     job:Job, # With a trained learner
@@ -76,5 +70,5 @@ def judge_masks(
     rng = np.random.default_rng(0)
     drawn = [_miou(each[rng.integers(len(each), size=len(each))].sum(0)) for _ in range(n)]
     low,high = np.quantile(drawn, [0.025,0.975])
-    images = pd.DataFrame(dict(file=files, miou=_miou(each)))
+    images = pd.DataFrame(dict(file=files, miou=list(map(_miou, each))))
     return Judged(_miou(each.sum(0)), low, high, images, None, None, each.sum(0))

@@ -13,8 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
-from PIL import Image, ImageOps
+from PIL import Image
 
+from ..data.cache import _decode_image
 from ..insight.machine import package_versions
 import mixfast.insight.plot # learn.mix.plot_history
 from .job import Job, describe_job
@@ -76,13 +77,10 @@ def _confused(job, judged, most=30):
     return _drawn(fig)
 
 # %% ../../nbs/train/07_report.ipynb #06d2f92d
-def _thumbnail(f, size=128):
-    "An image file, small"
-    with Image.open(f) as im: return ImageOps.fit(im.convert('RGB'), (size,size))
-
 def _figure(photos, f, text):
     "An image with a line below"
-    return f'<figure>{_png(_thumbnail(Path(photos)/f))}<figcaption>{html.escape(text)}</figcaption></figure>'
+    im = Image.fromarray(_decode_image(Path(photos)/f, (128,128)))
+    return f'<figure>{_png(im)}<figcaption>{html.escape(text)}</figcaption></figure>'
 
 def _shown_mistakes(job, judged, n=12):
     "The worst of them, as pictures"

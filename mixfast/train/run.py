@@ -8,16 +8,16 @@ Docs: https://mixfast.github.io/mixfast/train/run.html.md"""
 __all__ = ['read_config', 'FitBar', 'train_job']
 
 # %% ../../nbs/train/05_run.ipynb #274df875
-import json, os
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 
+from ..callback.files import _write_atomic
 from ..callback.settings import _first_difference
 from ..data.mix import phase_dl
 from ..insight.machine import package_versions, source_commit
@@ -26,12 +26,6 @@ from ..schedule import Recipe, get_recipe
 from .job import Job, JobSettings, describe_job, prepare
 
 # %% ../../nbs/train/05_run.ipynb #afaa1134
-def _write_json(f, o):
-    "Write a file, as a whole or not at all"
-    tmp = f.with_name(f.name+'.part')
-    tmp.write_text(json.dumps(o, indent=2))
-    os.replace(tmp, f)
-
 def read_config(
     f, # config.json of a run
 )->dict: # given, used: settings; chosen: of `fit_best`, or None; versions, commit
@@ -53,7 +47,8 @@ def _begin(out, s):
 def _note(out, given, used, chosen=None):
     "Write the config of a run"
     what = dict(given=asdict(given), used=asdict(used), chosen=chosen)
-    _write_json(out/'config.json', what | dict(versions=package_versions(), commit=source_commit()))
+    what |= dict(versions=package_versions(), commit=source_commit())
+    _write_atomic(out/'config.json', json.dumps(what, indent=2).encode())
 
 # %% ../../nbs/train/05_run.ipynb #9b609104
 class FitBar(Callback):

@@ -4,7 +4,7 @@ from fastai.callback.core import Callback
 from PIL import Image
 
 from conftest import images, same, state
-from mixfast.all import JobSettings, prepare, read_config, train_job
+from mixfast.all import JobSettings, judge_masks, prepare, read_config, train_job
 from mixfast.insight import advise
 
 class Stop(Callback):
@@ -72,6 +72,18 @@ def test_masks(run, tmp_path, values):
         if i<12: save(tmp_path/'masks'/f'{i}.png', np.where(o[...,0]>110, *values[::-1]).astype(np.uint8))
     job = run(path=tmp_path/'seg', masks=str(tmp_path/'masks'), **PLAN)
     assert job.dls.vocab==['0','1'] and job.dls.ssl.n==13 and job.learn.mix.history.miou.iloc[-1]>0
+
+def test_half_a_mask_is_none(run, tmp_path):
+    "Its image is for SSL; names of the others still go with their images"
+    for i,o in enumerate(images(16, 32)[0]):
+        save(tmp_path/'seg'/f'{i:02}.png', o[...,0])
+        save(tmp_path/'masks'/f'{i:02}.png', (o[...,0]>110).astype(np.uint8))
+    found = run('whole', path=tmp_path/'seg', masks=str(tmp_path/'masks'), **PLAN).found
+    f = tmp_path/'masks'/found.file[found.valid].iloc[0]
+    f.write_bytes(f.read_bytes()[:-30])
+    job = run(path=tmp_path/'seg', masks=str(tmp_path/'masks'), **PLAN)
+    assert job.found['mask'].notna().sum()==15 and not job.found.valid[job.found.file==f.name].any()
+    assert len(judge_masks(job).images)==job.found.valid.sum()==len(job.dls.valid.dataset)
 
 def test_groups_stay_together(run, photos, tmp_path):
     files = sorted(f.relative_to(photos).as_posix() for f in photos.glob('class*/*.png'))

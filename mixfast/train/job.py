@@ -85,12 +85,12 @@ def _loaded(s, found, cache, bar, n_workers):
     return ImageStore(x), found.assign(at=pd.Series(np.arange(len(kept)), files[kept]))
 
 def _mask_store(s, found, cache, bar, n_workers):
-    "The masks of the images that have one, uint8 [n,H,W], and their rows"
+    "Masks uint8 [n,H,W] and their rows; what was found, where a mask that cannot be read is none"
     rows = found.index[found['mask'].notna() & found['at'].notna()]
     _check_sizes([Path(s.photos).expanduser()/f for f in found.file[rows]], found['mask'][rows])
     args = dict(skip_bad=True, cache=cache, bar=bar, n_workers=n_workers)
     y,kept = load_files(found['mask'][rows].tolist(), s.size, 'P', **args)
-    return y[...,0], rows[kept]
+    return (y[...,0], rows[kept]), found.assign(mask=found['mask'].where(found.index.isin(rows[kept]), None))
 
 # %% ../../nbs/train/04_job.ipynb #e81e2ced
 def _parted(s, found, store):
@@ -149,7 +149,8 @@ def prepare(
     found = scan(s.photos, s.labels, s.masks, s.group, without)
     s,args = _chosen(s, found, device),(cache, bar, n_workers)
     store,found = _loaded(s, found, *args)
-    masks = None if s.masks is None else _mask_store(s, found, *args)
+    masks = None
+    if s.masks is not None: masks,found = _mask_store(s, found, *args)
     vocab,masks = _classes(found, masks)
     found = _parted(s, found, store)
     dls = _loaders(s, found, store, masks, vocab, device)

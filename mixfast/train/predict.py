@@ -20,6 +20,7 @@ from fastprogress.fastprogress import progress_bar
 from PIL import Image
 
 from ..checks import _check_whole
+from ..data.batch import MixBatch
 from ..data.cache import _check_depth, _decode_image
 from ..data.mix import _check_device
 from .saved import load_trained
@@ -42,9 +43,8 @@ def _or_error(f, *args):
 
 def _normalised(xs, about, device):
     "Images uint8 [H,W,C] as a batch for the model, float [B,C,H,W]"
-    x = torch.from_numpy(np.stack(xs)).to(device).permute(0,3,1,2).float()
-    mean,std = [torch.tensor(about[k], device=device)[:,None,None]*255 for k in ('mean','std')]
-    return (x-mean)/std
+    x = torch.from_numpy(np.stack(xs)).to(device).permute(0,3,1,2)
+    return MixBatch(about['mean'], about['std']).view(x, augment=False)[0]
 
 @torch.inference_mode()
 def _classes(m, about, xs, device):

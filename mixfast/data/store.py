@@ -151,8 +151,7 @@ def to(self:ImageStore,
     device, # torch's, or its name
 )->ImageStore:
     "Move the store to `device`: its batches are made there"
-    chans,self.x = self.chans,self.x.to(device)
-    self.chans = chans
+    self._all,self._rows = self.x.to(device),None
     for t in self.targets.values(): t.y = t.y.to(device)
     return self
 
@@ -168,7 +167,7 @@ def unlabelled(self:ImageStore)->ImageStore:
 def new_empty(self:ImageStore)->ImageStore:
     "A store of the same kind without any images, which does not hold on to them either"
     res = copy(self)
-    res.x,res.chans = self._all.new_empty((0,*self._all.shape[1:]), device='cpu'),self.chans
+    res._all,res._rows = self._all.new_empty((0,*self._all.shape[1:]), device='cpu'),None
     res.targets = {k: t.empty() for k,t in self.targets.items()}
     return res
 

@@ -1,3 +1,4 @@
+import re
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
@@ -5,10 +6,12 @@ from setuptools import find_packages, setup
 cfg = ConfigParser(delimiters=['='])
 cfg.read('settings.ini', encoding='utf-8')
 cfg = cfg['DEFAULT']
+readme = re.sub(r'\]\((nbs/images/[^)]+)\)', rf"]({cfg['git_url']}/raw/main/\1)", Path('README.md').read_text(encoding='utf-8'))
+readme = re.sub(r'\]\((nbs/[^)]+)\)', rf"]({cfg['git_url']}/blob/main/\1)", readme) # PyPI has no such files
 
 setup(name=cfg['name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
       author=cfg['author'], author_email=cfg['author_email'], license=cfg['license'],
-      long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+      long_description=readme, long_description_content_type='text/markdown',
       packages=find_packages(include=['mixfast', 'mixfast.*']), package_data={'mixfast.paper': ['*.csv']},
       python_requires=f">={cfg['min_python']}",
       install_requires=cfg['requirements'].split(), extras_require=dict(dev=cfg['dev_requirements'].split()),

@@ -49,7 +49,10 @@ def test_settings_agree():
     s,cfg = ini['DEFAULT'],get_config(root)
     for a,b in dict(name='lib_name', description='description', min_python='min_python', git_url='git_url',
                     doc_url='doc_url').items(): assert s[a] == cfg[b], f'settings.ini {a}, pyproject.toml'
-    assert s['version'] == mixfast.__version__ == version(s['name']), 'settings.ini, __init__.py, what is installed'
+    v = s['version']
+    assert v == mixfast.__version__ == version(s['name']), 'settings.ini, __init__.py, what is installed'
+    assert f'\n## {v} (' in (root/'CHANGELOG.md').read_text(encoding='utf-8'), 'CHANGELOG.md'
+    assert f'\nversion: {v}\n' in (root/'CITATION.cff').read_text(encoding='utf-8'), 'CITATION.cff'
 
 def test_module_is_what_the_notebooks_export(tmp_path):
     for p in ('nbs', 'mixfast'): shutil.copytree(root/p, tmp_path/p, ignore=shutil.ignore_patterns('__pycache__'))

@@ -41,6 +41,7 @@ from .data.hold_out import *
 from .data.datasets import *
 from .data.joint import *
 from .data.masks import *
+from .data.sources import *
 from .phases import *
 from .schedule import *
 from .model import *
@@ -72,6 +73,7 @@ from .train.scan import *
 from .train.split import *
 from .train.saved import *
 from .train.predict import *
+from .train.embed import *
 from .train.job import *
 from .train.run import *
 from .train.judge import *

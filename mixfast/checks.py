@@ -9,6 +9,7 @@ __all__ = []
 
 # %% ../nbs/00_checks.ipynb #8bf1246f
 import math
+from importlib import import_module
 from numbers import Integral, Real
 
 import torch
@@ -44,3 +45,12 @@ def _check_seed(
     if seed is None: return torch.randint(2**31, ()).item()
     _check_whole(seed=seed)
     return int(seed)
+
+# %% ../nbs/00_checks.ipynb #9422d2c8
+def _import_extra(
+    name:str, # Of the package
+    extra:str, # Of mixfast that brings it
+):
+    "The package `name`. Raises `ImportError` that says how to install it."
+    try: return import_module(name)
+    except ImportError as e: raise ImportError(f"{name} is not installed: pip install 'mixfast[{extra}]'") from e

@@ -160,10 +160,15 @@ def _report(files, bad, skip_bad):
     warnings.warn(msg)
 
 # %% ../../nbs/data/01_cache.ipynb #e8f4a2a9
-def _check_files(files, size, mode)->tuple:
-    "Absolute paths, and (height, width). Raises `ValueError`."
+def _as_size(size)->tuple:
+    "(height, width), of that or of one number for both. Raises `ValueError`."
     size = (int(size),)*2 if isinstance(size, Integral) else tuple(map(int, size))
     if len(size)!=2 or min(size)<1: raise ValueError(f"size must be pixels, or (height, width), got {size}")
+    return size
+
+def _check_files(files, size, mode)->tuple:
+    "Absolute paths, and (height, width). Raises `ValueError`."
+    size = _as_size(size)
     if mode not in ('RGB','L','P'): raise ValueError(f"mode must be 'RGB', 'L' or 'P', got {mode!r}")
     files = [os.path.abspath(f) for f in files]
     if not files: raise ValueError("there are no image files to load")

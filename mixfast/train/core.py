@@ -19,6 +19,7 @@ from ..objective.features import body
 from ..model import plain_model
 from .job import JobSettings
 from .judge import judge_classes, judge_masks
+from .embed import embed_folder
 from .predict import predict_folder
 from .report import write_report
 from .run import read_config, train_job
@@ -118,7 +119,10 @@ def predict_main(
     out:str=None, # CSV of classes, or folder of masks; default: in the folder of the run
     bs:int=64, # Images a batch
     device:str=None, # cpu or cuda
+    features:str=None, # Write the backbone's features instead, to this .npz or .parquet
     quiet:store_true=False, # Show no progress
 ):
     "Classes with probabilities, or masks, of a folder of photos"
-    print(_or_exit('mixfast-predict', lambda: predict_folder(run, photos, out, bs, device, bar=not quiet)))
+    if features and out: raise SystemExit("mixfast-predict: features and out name two files: give one of them")
+    def f(): return (embed_folder if features else predict_folder)(run, photos, features or out, bs, device, bar=not quiet)
+    print(_or_exit('mixfast-predict', f))

@@ -56,12 +56,15 @@ def _read(f, about):
     x = _decode_image(f, tuple(about['size']), about['mode'])
     return x if x.ndim==3 else x[...,None]
 
+def _read_ahead(about, photos, files, ex, bs):
+    "Lists of `bs` times a file, its image or None, and None or an error"
+    return _ahead(ex, lambda f: (f, *_or_error(_read, photos/f, about)), files, bs)
+
 # %% ../../nbs/train/03_predict.ipynb #a72a0660
 def _rows(m, about, photos, files, ex, bs, device):
     "A row for each file: class, its probability, error, and the probability of each class"
     vocab = about['vocab']
-    parts = _ahead(ex, lambda f: (f, *_or_error(_read, photos/f, about)), files, bs)
-    for part in parts:
+    for part in _read_ahead(about, photos, files, ex, bs):
         good = [x for _,x,e in part if e is None]
         ps = iter(_classes(m, about, good, device) if good else ())
         for f,_,e in part:

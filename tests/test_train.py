@@ -158,3 +158,39 @@ def test_a_run_needs_room(photos, tmp_path, capsys):
     (tmp_path/'file').write_text('')
     assert command('train', photos, '--out', tmp_path/'file'/'run', '--quiet')==2
     assert 'mixfast-train: ' in capsys.readouterr().err
+
+def gather(tmp_path, photos, case):
+    "Arguments for a folder as people have them"
+    import shutil
+    own = tmp_path/'own'
+    if case=='one class': shutil.copytree(photos/'class0', own/'class0')
+    if case=='two images':
+        for o in photos.glob('class*/*0.png'): (own/o.parent.name).mkdir(parents=True, exist_ok=True); shutil.copy(o, own/o.parent.name)
+    if case=='videos':
+        own.mkdir(); (own/'a.mp4').write_bytes(bytes(100))
+    if own.exists(): return [own]
+    names = [str(o.relative_to(photos)) for o in sorted(photos.glob('class*/*.png'))]
+    text = 'file,class\n' + ''.join(f'{o},Küche\n' for o in names + ['nowhere.png']*(case=='no such file'))
+    (f := tmp_path/'labels.csv').write_bytes(text.encode('latin-1' if case=='latin-1' else 'utf-8'))
+    return [photos, '--labels', f]
+
+@pytest.mark.parametrize('case,match', [
+    ('one class', 'are of one class, class0'), ('two images', '5 labelled images of each class are needed'), ('videos', 'write frames of your videos as images first'),
+    ('no such file', 'names 1 files that are not there'), ('latin-1', 'save it as UTF-8')])
+def test_folders_as_people_have_them(tmp_path, photos, capsys, case, match):
+    "A line that says what and what to do, status 2, and nothing is left that was not there"
+    args = gather(tmp_path, photos, case)
+    assert command('train', *args, '--out', tmp_path/'run', '--cache', tmp_path/'cache', '--quiet')==2
+    err = capsys.readouterr().err
+    assert match in err and err.count('\n')==1 and not (tmp_path/'run'/'config.json').exists()
+
+def test_no_space_left(photos, tmp_path):
+    "What stands there is kept, and the same command goes on when there is room"
+    import resource, subprocess, sys
+    cmd = [sys.executable, '-c', 'from mixfast.cli import train; train()', photos, '--out', tmp_path/'run', '--cache', tmp_path/'cache', '--quiet', '--device', 'cpu',
+           *'--e-ssl 1 --e-sl 1 --rho 1 --objective ae'.split()]
+    def small(): resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,)*2)
+    done = subprocess.run(cmd, preexec_fn=small, capture_output=True, text=True, timeout=300)
+    assert done.returncode==2 and 'no room for checkpoints' in done.stderr and done.stderr.count('\n')==1, done.stderr
+    assert subprocess.run(cmd, capture_output=True, timeout=300).returncode==0
+    assert (tmp_path/'run'/'report.html').exists()

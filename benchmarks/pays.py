@@ -8,7 +8,7 @@ many. A run is a line of JSON; what has one already is not run again. On a CPU e
 
 CIFAR-10 with 10, 50 or 500 labels a class and Imagenette with a tenth of its images, at 32 pixels; SSL on the same images, or on
 20,000. Objectives of two views and AE have the small ResNet of `mixfast-reproduce --paper efficient_ssl --scale small`, MAE a ViT
-of 4 blocks. Whatever there is of images, SSL has some 1,250 steps and SL 500, of 64 images."""
+of 4 blocks. Whatever there is of images, SSL and SL have some 625 steps of 64 images each; SimCLR 1,250 and its SL 500."""
 from mixfast.cli import _quiet; _quiet() # before anything is imported that warns
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -42,7 +42,8 @@ class Run:
     pool:int # Images for SSL; 0: the labelled ones
     objective:str # One of `METHODS`, 'ae', 'mae', or 'visible': MAE that drops masked patches in the SSL phase
     method:str # 'sl', 'ssl_sl' or 'mix'
-    share:float=1. # Of the SSL epochs, for SSL+SL
+    share:float=1. # Of the SSL epochs
+    sl_share:float=1. # Of the SL epochs
     rho:float=0.
     mix:str='blend'
     alpha:float=0.5
@@ -53,40 +54,45 @@ class Run:
     sched:str='shared' # `sl_sched`: whose schedule and optimizer the mix phase goes by
 
 SETTINGS = [('cifar10',n,pool) for n in (10,50,500) for pool in (0,20_000)] + [('imagenette',95,0)]
-STEPS = dict(ssl=1250, sl=500) # About so many, of 64 images
+SHARES = dict(ae=(0.25,0.5,1.), simclr=(0.5,0.75,1.)) # Of the SSL epochs, for SSL+SL
 BS,VIT = 64,dict(embed_dim=64, depth=4, num_heads=2)
 WORDS = dict(sl='SL', ssl_sl='SSL+SL', mix='MixTraining')
 def kind(r):
     "A mix phase in words"
     alpha = f" {r.alpha:g}" if r.alpha!=0.5 else ''
     more = ', balanced'*r.balance + alpha + f', pseudo {r.pseudo:g}'*(r.pseudo>0)
-    return r.mix + more + f', {r.sched} schedule'*(r.sched!='shared') + ', no SL phase'*r.ends
+    return r.mix + more + f', {r.sched} schedule'*(r.sched!='shared') + ', no SL phase'*r.ends + f', {r.sl_share:g} of the SL epochs'*(r.sl_share<1)
 def where(r): return f"{r.data}, {r.labels} labels a class, SSL on {f'{r.pool:,} images' if r.pool else 'the same'}"
 def describe(r):
-    more = dict(sl='', ssl_sl=f' {r.share:g}', mix=f' {kind(r)}, rho {r.rho:g}, {r.sl_bs} labelled')[r.method]
+    more = dict(sl='', ssl_sl=f' {r.share:g}', mix=f' {r.share:g}, {kind(r)}, rho {r.rho:g}, {r.sl_bs} labelled')[r.method]
     return f"{where(r)}, {r.objective}, {WORDS[r.method]}{more}"
 
 def search():
-    "What is tried on held-out images: kinds of mix phase with SimCLR and with MAE; other objectives"
-    many,few = ('cifar10',500,0),('cifar10',50,20_000)
+    "What is tried on held-out images: kinds of mix phase with SimCLR and with AE; other objectives"
+    many,few,pool = ('cifar10',500,0),('cifar10',50,0),('cifar10',50,20_000)
     blend,joint = dict(rho=0.5),dict(rho=0.5, mix='joint')
     late = [dict(sched='ssl'), dict(sched='ssl', alpha=0.9), dict(sched='ssl', alpha=0.8, balance=True)]
-    kinds = {many: [blend, blend | dict(rho=1.), *[blend | o for o in late]],
-             few: [joint, joint | dict(ends=True), *[joint | o for o in late], joint | late[1] | dict(rho=1.),
-                   joint | late[1] | dict(pseudo=0.9), joint | dict(ends=True, pseudo=0.9)]}
-    for o in ('simclr','mae'):
-        for s in (many,few):
-            yield Run(*s, o, 'sl')
-            for share in (0.5,0.75,1.): yield Run(*s, o, 'ssl_sl', share)
-            for k in kinds[s]: yield Run(*s, o, 'mix', **k)
-    for o in ('visible','ae','byol','dino'):
-        for s in (many,few):
-            yield Run(*s, o, 'ssl_sl')
-            yield Run(*s, o, 'mix', **(joint if s[2] else blend), **late[1])
+    ae = [blend, dict(rho=1.), blend | late[0], blend | dict(alpha=0.9), blend | dict(alpha=0.2), blend | dict(balance=True)]
+    tried = [('ae',many,ae), ('ae',few,ae), ('ae',pool,[joint, joint | late[1]]),
+             ('simclr',many,[blend, blend | dict(rho=1.), *[blend | o for o in late]]),
+             ('simclr',pool,[joint, joint | dict(ends=True), *[joint | o for o in late], joint | late[1] | dict(pseudo=0.9),
+                               *[joint | o | dict(share=0.5) for o in late[:2]], joint | late[1] | dict(sl_share=0.5)])]
+    for o,s,kinds in tried:
+        yield Run(*s, o, 'sl')
+        for share in SHARES[o]: yield Run(*s, o, 'ssl_sl', share)
+        for k in kinds: yield Run(*s, o, 'mix', **k)
+    for o in ('mae','visible','byol','dino'):
+        yield Run(*many, o, 'ssl_sl')
+        yield Run(*many, o, 'mix', **blend)
 
 def main_runs():
-    "What is compared on the test split"
-    return []
+    "What is compared on the test split: AE where all images are labelled, SimCLR with joint batches where others are at hand"
+    for s in SETTINGS:
+        o,shares,kinds = ('ae',(0.25,0.5,1.),[dict(rho=0.5), dict(rho=1.)])
+        if s[2]: o,shares,kinds = 'simclr',(0.5,1.),[dict(rho=0.5, mix='joint', sched='ssl', alpha=0.9, sl_share=0.5)]
+        if not s[2]: yield Run(*s, o, 'sl') # whatever there is for SSL
+        for share in shares: yield Run(*s, o, 'ssl_sl', share)
+        for k in kinds: yield Run(*s, o, 'mix', **k)
 
 def runs_of(part): return [r for r in (search() if part=='search' else main_runs()) if r]
 
@@ -137,8 +143,10 @@ def recipe(r):
 
 def fit_args(r, n_sl, n_ssl):
     "Epochs by the steps that they have"
-    e_ssl,e_sl = [max(round(k/max(n//BS, 1)), 2) for k,n in ((STEPS['ssl'],n_ssl), (STEPS['sl'],n_sl))]
-    e_ssl,rho = dict(sl=0, ssl_sl=max(round(e_ssl*r.share), 1), mix=e_ssl)[r.method],r.rho
+    steps = (1250,500) if r.objective=='simclr' else (625,625)
+    e_ssl,e_sl = [max(round(k/max(n//BS, 1)), 2) for k,n in zip(steps, (n_ssl,n_sl))]
+    e_ssl,rho = 0 if r.method=='sl' else max(round(e_ssl*r.share), 1),r.rho
+    e_sl = max(round(e_sl*r.sl_share), 1)
     if r.ends: e_sl,rho = MixPlan(e_ssl, e_sl, rho).e_mix,1.
     return dict(e_ssl=e_ssl, e_sl=e_sl, rho=rho, mix=r.mix, alpha=r.alpha, balance=r.balance, sl_sched=r.sched, recipe=recipe(r))
 

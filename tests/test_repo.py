@@ -4,6 +4,7 @@ from configparser import ConfigParser
 from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 import pytest
 from nbdev.config import get_config
 from fastcore.docments import docments
@@ -112,9 +113,15 @@ class Page(HTMLParser):
         self.ids.add(a.get('id'))
         self.urls += [a[k] for k in ('href', 'src') if a.get(k)]
 
-def test_pages_build_and_links_resolve(tmp_path):
-    run(sys.executable, 'tools/preview.py', tmp_path)
-    pages = {p: Page(p) for p in tmp_path.rglob('*.html')}
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    "The folder of the rendered pages"
+    out = tmp_path_factory.mktemp('site')
+    run(sys.executable, 'tools/preview.py', out)
+    return out
+
+def test_pages_build_and_links_resolve(site):
+    pages = {p: Page(p) for p in site.rglob('*.html')}
     assert len(pages) == len(nbs)
     dead = []
     for p,page in pages.items():
@@ -124,3 +131,67 @@ def test_pages_build_and_links_resolve(tmp_path):
             target = (p.parent/path).resolve() if path else p
             if not target.exists() or anchor and anchor not in pages[target].ids: dead.append(f'{p.name}: {url}')
     assert not dead, dead
+
+@pytest.fixture(scope='module')
+def browser():
+    "A function that gives Chromium, headless, with a window of so many pixels"
+    webdriver = pytest.importorskip('selenium.webdriver')
+    chrome,driver = [shutil.which(o) or shutil.which(p) for o,p in (('chromium','google-chrome'), ('chromedriver','chromium.chromedriver'))]
+    if not (chrome and driver): pytest.skip('no Chromium with its driver')
+    opened = []
+    def _open(width, height, *more):
+        opts = webdriver.ChromeOptions()
+        opts.binary_location = chrome
+        for o in ('--headless=new', '--no-sandbox', '--disable-gpu', '--force-device-scale-factor=1', *more): opts.add_argument(o)
+        opts.set_capability('goog:loggingPrefs', dict(browser='ALL'))
+        d = webdriver.Chrome(opts, webdriver.ChromeService(driver))
+        opened.append(d)
+        d.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=width, height=height, deviceScaleFactor=1, mobile=width<600))
+        return d
+    yield _open
+    for d in opened: d.quit()
+
+PAGE = 'guides/which_objective.html'
+BOX = 'const r = document.querySelector(arguments[0]).getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]'
+
+def test_a_wide_window_and_a_phone(site, browser):
+    "The sidebar is beside the text, or folded above it; nothing is wider than the window"
+    d = browser(1300, 800)
+    d.get((site/PAGE).as_uri())
+    nav,main = [d.execute_script(BOX, o) for o in ('nav','main')]
+    assert nav[2]<=main[0] and nav[1]<50 and main[1]<50 and d.find_element('id', 'pages').is_displayed()
+    d = browser(390, 800)
+    d.get((site/PAGE).as_uri())
+    nav,main = [d.execute_script(BOX, o) for o in ('nav','main')]
+    assert nav[3]<=main[1]<120 and not d.find_element('id', 'pages').is_displayed()
+    d.find_element('css selector', 'summary').click()
+    assert d.find_element('id', 'pages').is_displayed()
+    assert d.execute_script('return document.documentElement.scrollWidth')<=390
+
+def test_search_copy_dark(site, browser):
+    "Without a network; a code block's button copies it; dark where the system is"
+    d = browser(1300, 800)
+    d.get((site/PAGE).as_uri())
+    assert not [o for o in d.get_log('browser') if o['level']=='SEVERE']
+    d.find_element('id', 'search').send_keys('gradient accumulation')
+    found = d.find_elements('css selector', '#found a')
+    assert found and not d.find_element('id', 'pages').is_displayed()
+    for a in found: assert Path(unquote(urlparse(a.get_attribute('href')).path)).exists()
+    found[0].click()
+    assert 'accumulation' in d.find_element('tag name', 'main').text.lower()
+    d.get((site/PAGE).as_uri())
+    d.execute_script("navigator.clipboard.writeText = t => { window.copied = t; return Promise.resolve() }")
+    pre = d.find_element('css selector', '.code')
+    pre.find_element('tag name', 'button').click()
+    assert d.execute_script('return window.copied').strip()==pre.find_element('tag name', 'pre').text.strip()
+    def background(): return int(re.findall(r'\d+', d.execute_script('return getComputedStyle(document.body).backgroundColor'))[0])
+    light = background()
+    d.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(features=[dict(name='prefers-color-scheme', value='dark')]))
+    assert background()<60<200<light
+
+def test_pictures_are_there(site, browser):
+    "All of a page of pictures, as they are drawn"
+    d = browser(1300, 800)
+    d.get((site/'guides/gallery.html').as_uri())
+    sizes = d.execute_script('return [...document.images].map(i => [i.naturalWidth, i.src.slice(0, 40)])')
+    assert len(sizes)>6 and all(w for w,_ in sizes), sizes

@@ -1,6 +1,6 @@
 "Preview the docs without Quarto: nbdev's pages, made linked HTML by pandoc in _preview/"
-import os, re, shutil
-from html import escape
+import json, os, re, shutil
+from html import escape, unescape
 from pathlib import Path
 import pypandoc
 from fastcore.nbio import nb_frontmatter, read_nb
@@ -11,7 +11,7 @@ from readme import nb_md, root
 
 def image(data, mime): return f'![](data:{mime};base64,{"".join(data.split())})\n'
 
-rooms = '. objective task data callback insight train paper bench tutorials'.split() # as one reads them
+rooms = '. guides tutorials objective task data callback insight train paper bench'.split() # as one reads them
 
 def sidebar(pages, here):
     "Links from page `here` to all pages, a heading a folder"
@@ -32,6 +32,11 @@ def relink(html, here, doc_url):
         return f'href="{url}{sep}{anchor}"'
     return re.sub(r'href="([^"]+)"', _f, html)
 
+def words(html):
+    "What is read on a page, without its frame"
+    main = re.search(r'<main>(.*)</main>', html, flags=re.S)[1]
+    return re.sub(r'\s+', ' ', unescape(re.sub(r'<(style|math).*?</\1>|<[^>]*>', ' ', main, flags=re.S))).strip()
+
 @call_parse(pos=['out'])
 def main(
     out:str='_preview', # Folder for the pages
@@ -45,12 +50,16 @@ def main(
     nbs = sorted(proc.rglob('*.ipynb'), key=place)
     fms = {nb: nb_frontmatter(read_nb(nb)) for nb in nbs}
     pages = {nbpath2html(nb.relative_to(proc)): fms[nb].get('title', nb.stem) for nb in nbs}
+    found = []
     for nb,here in zip(nbs, pages):
         # MathML has no \tag: an equation's number stands behind it instead
         md = re.sub(r'\\tag\{(.*?)\}', r'\\qquad \\text{(\1)}', nb_md(nb, image))
         desc = re.sub('`(.+?)`', r'<code>\1</code>', escape(fms[nb].get('description', '')))
         html = pypandoc.convert_text(md, 'html', format='markdown', extra_args=[
             '--mathml', '--toc', f'--template={root}/tools/preview.html', f'--variable=title:{escape(pages[here])}',
-            f'--variable=description:{desc}', f'--variable=nav:{sidebar(pages, here)}'])
+            f'--variable=description:{desc}', f'--variable=nav:{sidebar(pages, here)}',
+            f'--variable=root:{"../"*(len(here.parents)-1)}'])
+        found.append(dict(url=here.as_posix(), title=pages[here], text=words(html)))
         (out/here).write_text(relink(html, here, doc_url), encoding='utf-8')
+    (out/'search.js').write_text(f'const searchPages = {json.dumps(found, ensure_ascii=False)}', encoding='utf-8')
     print(f'{len(pages)} pages: {out}/index.html')

@@ -79,7 +79,7 @@ rss = lambda: int(open('/proc/self/statm').read().split()[1])*resource.getpagesi
 peak = lambda: int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])*1024
 def run(data):
     sl,valid = data.train,data.valid
-    dls = mix_dls(sl, valid, ssl=sl[0] if sys.argv[1]=='two' else None, tfms='cifar', device='cpu')
+    dls = mix_dls(sl, valid, lam=0.5, ssl=sl[0] if sys.argv[1]=='two' else None, tfms='cifar', device='cpu')
     for dl in (dls.ssl, dls.mix, dls.sl, dls.valid)*2:
         for b in dl: pass
     return sl[0].nbytes+valid[0].nbytes

@@ -74,6 +74,7 @@ from .train.split import *
 from .train.saved import *
 from .train.predict import *
 from .train.embed import *
+from .train.launched import *
 from .train.job import *
 from .train.run import *
 from .train.judge import *

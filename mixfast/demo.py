@@ -74,13 +74,13 @@ def _exported(seed, path):
 def demo(
     epochs:int=40, # Epochs of SSL, and of SL
     rho:float=0.5, # Mix-ratio in [0,1]
-    alpha:float=0.5, # Weight of the SSL loss in the mix phase, in [0,1]
-    seeds:int=3, # Runs a method
+    alpha:float=None, # Weight of the SSL loss in the mix phase, in [0,1]; default: 0.9
+    seeds:int=2, # Runs a method
     out='mixfast-demo', # Folder for the results
     jobs:int=None, # Processes; default: one a core, on a GPU one
 ): # The table, a `DataFrame` with a row a method
     "Train by all three methods; write `runs.csv` and `demo.png` into `out`. Raises on bad input, before training."
-    MixPlan(epochs, epochs, rho); _check_alpha(alpha, None)
+    MixPlan(epochs, epochs, rho); _check_alpha(0.9 if alpha is None else alpha, None)
     if seeds<1: raise ValueError(f"seeds must be 1 or more, got {seeds}")
     (out := Path(out).expanduser()).mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as tmp:
@@ -94,8 +94,8 @@ def demo(
 def main(
     epochs:int=40, # Epochs of SSL, and of SL
     rho:float=0.5, # Mix-ratio in [0,1]
-    alpha:float=0.5, # Weight of the SSL loss in the mix phase, in [0,1]
-    seeds:int=3, # Runs a method
+    alpha:float=None, # Weight of the SSL loss in the mix phase, in [0,1]; default: 0.9
+    seeds:int=2, # Runs a method
     out:str='mixfast-demo', # Folder for the results
     jobs:int=None, # Processes; default: one a core, on a GPU one
 ):

@@ -36,7 +36,7 @@ from .callback.rates import MixScheduler
 from .callback.recorder import MixRecorder
 from .callback.settings import _fit_settings
 from .callback.share import GradShare
-from .data.joint import _is_joint
+from .data.joint import _is_joint, mix_defaults
 from .data.mix import _mixed_as, phase_dl
 from .model import _new_opt, _pair_up, fused_adamw, mix_splitter
 from .objective.choose import set_up
@@ -139,12 +139,12 @@ def fit_mixtraining(self:Learner,
     e_ssl:int, # Epochs of self-supervised training, the mixed ones included
     e_sl:int, # Epochs of supervised training, the mixed ones included
     rho:float=0.5, # Mix-ratio in [0,1]: the share of the shorter of the two that is merged
-    alpha:float=0.5, # Weight of the self-supervised loss in the mix phase, in [0,1]
+    alpha:float=None, # Weight of the self-supervised loss in the mix phase, in [0,1]; default: see `mix_defaults`
     alpha_sched:str=None, # None, or 'linear' or 'cosine': `alpha` runs from 1 to 0 over the mix phase
-    recipe=None, # A `Recipe` or its name; default: 'vit_t' for tokens; for maps 'resnet18', or 'siamese' if views>1
-    sl_sched:str='shared', # 'shared': one over mix and SL; 'restart': one for each; 'ssl': mix goes on with that of SSL
+    recipe=None, # A `Recipe` or its name; default: 'vit_t' for tokens; for maps 'resnet18', for views 'siamese'
+    sl_sched:str=None, # 'shared': one over mix and SL; 'restart': one for each; 'ssl': mix goes on with that of SSL
     carry_opt:bool=False, # Carry the optimizer's state from the SSL phase into the supervised ones
-    mix:str=None, # 'blend' or 'joint', see `mix_dls`; default: as the loaders are
+    mix:str=None, # 'blend' or 'joint', see `mix_dls`; default: as the loaders are, with recipe='paper' 'blend'
     balance:bool=False, # Scale both losses of the mix phase so that `alpha` is the SSL loss's share of the gradient
     on_nan:str='stop', # What a loss that is not finite does: 'stop' the fit, or 'skip' the step
     cbs=None, # Callbacks, as in any fit
@@ -155,6 +155,7 @@ def fit_mixtraining(self:Learner,
 ):
     "Train all of the model by MixTraining (Algorithm 1). Raises `ValueError` or `TypeError` on bad input."
     _meet(self)
+    recipe,mix,alpha,sl_sched = mix_defaults(self.dls, recipe, mix, alpha, sl_sched)
     plan,seeds,guard = MixPlan(e_ssl, e_sl, rho),Seeds(),FiniteGuard(on_nan)
     cbs = L(cbs).map(lambda o: o() if isinstance(o, type) else o)
     phases,share = Phases(plan, alpha, alpha_sched, carry_opt, sl_sched),GradShare(balance)

@@ -17,7 +17,7 @@ BUDGET = dict(minutes=0.1, pilots=0.9, recipe=HOT)
 
 def learner(n=24, metrics=accuracy, ssl=True, **kw):
     torch.manual_seed(0)
-    d = mix_dls(images(n), images(9, seed=1), ssl=images(40, seed=2)[0] if ssl else None, bs=8, seed=0, **kw)
+    d = mix_dls(images(n), images(9, seed=1), lam=0.5, ssl=images(40, seed=2)[0] if ssl else None, bs=8, seed=0, **kw)
     learn = mix_learner(d, metrics=metrics, **TINY)
     learn.remove_cb(ProgressCallback)
     learn.logger = noop

@@ -98,21 +98,21 @@ def test_seed_decides_everything(ssl):
 def test_seeds_are_independent():
     "No loader of one seed draws what a loader of another seed, or another phase, draws"
     x,y = images(50, c=3)
-    orders = [tuple(dl.get_idxs().reshape(50,-1).T.flatten()[:50]) for s in range(5) for dls in [mix_dls((x,y), ssl=x, seed=s)] for dl in (dls.sl, dls.ssl, dls.mix)]
+    orders = [tuple(dl.get_idxs().reshape(50,-1).T.flatten()[:50]) for s in range(5) for dls in [mix_dls((x,y), lam=0.5, ssl=x, seed=s)] for dl in (dls.sl, dls.ssl, dls.mix)]
     assert len(set(orders))==15
-    dl = mix_dls((x,y), ssl=x, seed=0, bs=10).mix
+    dl = mix_dls((x,y), lam=0.5, ssl=x, seed=0, bs=10).mix
     assert len({tuple(dl.order(np.random.default_rng(s))[:,1]) for s in range(9)})==9
 
 def test_what_fastai_expects_of_loaders(tmp_path):
     "Transforms added to them, one image shown many times, the worst predictions, nothing to train on in an export"
     x,y = images(400, 8, 3)
     for ssl in (None, x):
-        dls = mix_dls((x,y), (x[:20],y[:20]), ssl=ssl, bs=8, tfms=BatchCrop(2), seed=0)
+        dls = mix_dls((x,y), (x[:20],y[:20]), lam=0.5, ssl=ssl, bs=8, tfms=BatchCrop(2), seed=0)
         dls.add_tfms([Flip()], 'after_batch')
         assert len(dls)==2 and len(dls.sl.after_batch.fs)==len(dls.valid.after_batch.fs)==2
         dls.train.show_batch(unique=True); dls.show_batch(max_n=3, figsize=(3,3))
         assert dls.one_batch()[0].shape==(8,3,8,8)
-    dls = mix_dls((x,y), (x[:20],y[:20]), ssl=x, bs=8)
+    dls = mix_dls((x,y), (x[:20],y[:20]), lam=0.5, ssl=x, bs=8)
     learn = vision_learner(dls, resnet18, pretrained=False)
     ClassificationInterpretation.from_learner(learn).plot_top_losses(4)
     with learn.no_bar(): assert torch.equal(learn.get_preds(dl=dls.test_dl([(x[3],y[3]),(x[5],y[5])], with_labels=True))[1], torch.tensor(y[[3,5]]))
@@ -149,7 +149,7 @@ def test_like():
 @pytest.mark.parametrize('a,b', [(1,3), (3,1)])
 def test_grey_and_rgb_meet(a, b, make):
     "SSL images of another size and mode take those of the labelled ones, and train"
-    learn = make(dls=mix_dls(images(12, 8, a), images(6, 8, a), ssl=images(20, 14, b)[0], bs=4))
+    learn = make(dls=mix_dls(images(12, 8, a), images(6, 8, a), lam=0.5, ssl=images(20, 14, b)[0], bs=4))
     assert learn.dls.mix.one_batch()[0].shape==learn.dls.ssl.one_batch()[0].shape==(4,a,8,8)
     learn.fit_mixtraining(2, 2, rho=0.5)
     assert learn.mix.history.phase.tolist()==['ssl','mix','sl']
@@ -173,11 +173,11 @@ def test_plain_learner():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_store_on_the_device():
     x,y = images(40, 16, 3)
-    on,off = [mix_dls((x,y), (x,y), ssl=x, bs=8, tfms='cifar', seed=0, device='cuda', on_device=o) for o in (None,False)]
+    on,off = [mix_dls((x,y), (x,y), lam=0.5, ssl=x, bs=8, tfms='cifar', seed=0, device='cuda', on_device=o) for o in (None,False)]
     assert on.sl.dataset.x.is_cuda and on.ssl.dataset.x.is_cuda and not off.sl.dataset.x.is_cuda
     for a,b in zip(on.mix, off.mix): assert a[0].is_cuda and torch.allclose(a[0], b[0], atol=1e-5) and torch.equal(a[1], b[1])
-    cpu = mix_dls((x,y), ssl=x, bs=8, tfms='cifar', seed=0, device='cpu')
-    assert torch.allclose(next(iter(cpu.mix))[0], off.new_empty() and next(iter(mix_dls((x,y), ssl=x, bs=8, tfms='cifar', seed=0, device='cuda').mix))[0].cpu(), atol=1e-5)
+    cpu = mix_dls((x,y), lam=0.5, ssl=x, bs=8, tfms='cifar', seed=0, device='cpu')
+    assert torch.allclose(next(iter(cpu.mix))[0], off.new_empty() and next(iter(mix_dls((x,y), lam=0.5, ssl=x, bs=8, tfms='cifar', seed=0, device='cuda').mix))[0].cpu(), atol=1e-5)
 
 # Loaders of phases are made from the training loader as it is now
 
@@ -212,8 +212,8 @@ def test_phases_follow_added_transforms(tmp_path):
     late.add_tfms([norm], 'after_batch')
     for p in ('ssl','mix','sl'): assert same_batches(phase_dl(late, p), phase_dl(early, p)) and next(iter(phase_dl(late, p)))[0].min() < 0
     x,y = images(40, 16, 3)
-    dls = mix_dls((x,y), (x,y), ssl=x, bs=8, seed=0)
-    plain = [list(phase_dl(mix_dls((x,y), ssl=x, bs=8, seed=0), p)) for p in ('ssl','mix')]
+    dls = mix_dls((x,y), (x,y), lam=0.5, ssl=x, bs=8, seed=0)
+    plain = [list(phase_dl(mix_dls((x,y), lam=0.5, ssl=x, bs=8, seed=0), p)) for p in ('ssl','mix')]
     dls.show_batch()
     dls.add_tfms([Double(),Negate()], 'after_batch')
     assert all(torch.equal(a, b*2) for (a,),(b,) in zip(dls.ssl, plain[0]))
@@ -223,7 +223,7 @@ def test_phases_follow_added_transforms(tmp_path):
     assert torch.equal(dl.after_batch(b)[0], 0.5*dl.sides[0].after_batch(b[0])[0]+0.5*dl.sides[1].after_batch(b[1])[0])
     sl,plain_sl = next(iter(dls.sl))[0],next(iter(mix_dls((x,y), bs=8, seed=0).sl))[0]
     assert torch.equal(sl, -2*plain_sl)
-    v,plain = dls.valid.one_batch()[0],mix_dls((x,y), (x,y), ssl=x, bs=8, seed=0).valid.one_batch()[0]
+    v,plain = dls.valid.one_batch()[0],mix_dls((x,y), (x,y), lam=0.5, ssl=x, bs=8, seed=0).valid.one_batch()[0]
     assert torch.equal(v, plain*2) # what is random is for training
 
 class Double(Transform):
@@ -711,5 +711,5 @@ def test_real_cross_dataset(real, tmp_path, make):
     tiny,c = tinyimagenet(real, cache=tmp_path/'c'),cifar10(real)
     assert len(tiny.vocab)==200 and len(tiny.valid[0])==10000 and len(set(tiny.vocab))==200
     i = fraction(c.train[1], 10)
-    dls = mix_dls((c.train[0][i],c.train[1][i]), c.valid, ssl=tiny.train[0], vocab=c.vocab, tfms='cifar', seed=0)
+    dls = mix_dls((c.train[0][i],c.train[1][i]), c.valid, lam=0.5, ssl=tiny.train[0], vocab=c.vocab, tfms='cifar', seed=0)
     assert dls.ssl.dataset.shape==(32,32,3) and len(dls.mix)==5000//256 and dls.mix.one_batch()[0].shape==(256,3,32,32)

@@ -83,7 +83,7 @@ def fit(rank, world=1, bs=12, make_learn=None, seed=None, e=(4,4), cbs=(), after
 def learner(bs, n=48, objective=None, valid=21, ssl=True, seed=3, metrics=accuracy, drop_last=True, mask=None, **kwargs):
     "`seed` None: each process draws its own"
     if mask: objective_module().random_mask = mask
-    dls = mix_dls(images(n), images(valid, seed=1) if valid else None, ssl=images(60, seed=2)[0] if ssl else None, bs=bs, seed=seed, drop_last=drop_last)
+    dls = mix_dls(images(n), images(valid, seed=1) if valid else None, lam=0.5, ssl=images(60, seed=2)[0] if ssl else None, bs=bs, seed=seed, drop_last=drop_last)
     return mix_learner(dls, objective=objective, metrics=metrics, **TINY, **kwargs)
 
 def objective_module(): return sys.modules['mixfast.objective.autoencode']

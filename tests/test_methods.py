@@ -291,7 +291,7 @@ def test_memory(make):
 @pytest.mark.parametrize('arch,size,kw', [(None,8,{}), ('test_resnet',16,{}), ('test_convnext',32,dict(drop_path_rate=0.1))])
 def test_fits(make, name, arch, size, kw):
     "All phases, on two sets of images, with the method's own views; the model stays as it was"
-    dls = mix_dls(images(24, size), images(9, size, seed=1), ssl=images(30, size, seed=2)[0], bs=8)
+    dls = mix_dls(images(24, size), images(9, size, seed=1), lam=0.5, ssl=images(30, size, seed=2)[0], bs=8)
     learn = make(dls=dls, arch=arch, objective=METHODS[name](), **({} if arch is None else dict(in_chans=1, **kw)))
     keys = learn.model.state_dict().keys()
     learn.fit_mixtraining(**FIT)

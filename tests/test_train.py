@@ -194,3 +194,20 @@ def test_no_space_left(photos, tmp_path):
     assert done.returncode==2 and 'no room for checkpoints' in done.stderr and done.stderr.count('\n')==1, done.stderr
     assert subprocess.run(cmd, capture_output=True, timeout=300).returncode==0
     assert (tmp_path/'run'/'report.html').exists()
+
+def test_two_processes(photos, tmp_path):
+    "By torchrun: they train as one, and the first writes what a run leaves"
+    import os, subprocess
+    pytest.importorskip('accelerate')
+    args = [photos, '--out', tmp_path/'run', '--cache', tmp_path/'cache', *'--minutes 0.05 --objective ae --device cpu --quiet'.split()]
+    cmd = ['torchrun', '--nproc-per-node', '2', '--no-python', 'mixfast-train', *args]
+    done = subprocess.run([str(o) for o in cmd], capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS':'1'})
+    assert done.returncode==0, done.stderr
+    assert done.stdout.count('48 images in')==done.stdout.count('report: ')==1 and (tmp_path/'run'/'report.html').exists()
+    assert {p for p in pd.read_csv(tmp_path/'run'/'history.csv').phase}=={'ssl','mix','sl'}
+
+def test_no_time_for_trials(photos, tmp_path, capsys):
+    "MixTraining is trained, which the run's config says"
+    job = train_job(JobSettings(str(photos), minutes=0.03, objective='ae', device='cpu'), tmp_path/'run', cache=tmp_path/'cache', bar=False)
+    assert 'there is no time for trials' in capsys.readouterr().out
+    assert read_config(tmp_path/'run'/'config.json')['used'].rho==0.5 and 'mix' in set(job.learn.mix.history.phase)

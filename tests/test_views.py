@@ -157,7 +157,7 @@ def test_errors_are_raised_at_the_call(f, exc, match):
 def arrays(size=24, ssl=True, **kw):
     x,y = images(24, size, 3)
     kw = {'tfms':BatchFlip(), 'ssl_tfms':'byol', **kw}
-    return mix_dls((x,y), (x[:9],y[:9]), ssl=images(30, size, 3, seed=9)[0] if ssl else None, bs=8, seed=0, **kw)
+    return mix_dls((x,y), (x[:9],y[:9]), lam=0.5, ssl=images(30, size, 3, seed=9)[0] if ssl else None, bs=8, seed=0, **kw)
 
 def write(folder, n, size=40, seed=0):
     for i,(im,c) in enumerate(zip(*images(n, size, 3, seed))):
@@ -289,7 +289,7 @@ def test_a_fit_with_the_objectives_views(make, tmp_path, two):
     "Its set in training and validation; a size that a callback sets does not make another fit of it; resumed bit for bit"
     def new(seed):
         set_seed(seed)
-        dls = mix_dls(images(24, c=3), images(9, c=3, seed=1), ssl=images(30, c=3, seed=2)[0] if two else None, bs=8, tfms='cifar', seed=3)
+        dls = mix_dls(images(24, c=3), images(9, c=3, seed=1), lam=0.5, ssl=images(30, c=3, seed=2)[0] if two else None, bs=8, tfms='cifar', seed=3)
         return make(dls=dls, seed=seed, objective=Pull(), c=3)
     kw = dict(e_ssl=3, e_sl=2, rho=0.5)
     ref,cb = new(0),Shrink()

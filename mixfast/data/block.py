@@ -24,7 +24,7 @@ from ..checks import _check_seed, _check_unit
 from .batch import ViewTransform
 from .cache import _check_depth
 from .derive import _Still, _stills
-from .joint import _check_mix
+from .joint import _check_mix, _default_mix
 from .loader import SeededDL
 from .targets import _decided
 from .views import ViewTfms, view_sets
@@ -82,14 +82,15 @@ def MixBlock(
     cls=PILImage, # How fastai opens an image; `PILImageBW` for grey ones
     ssl=None, # Images for SSL: a folder, a list of paths, or rows of a frame. None: the labelled ones
     get_ssl=None, # Function of an item of `ssl` that gives its path
-    lam:float=0.5, # Share of the labelled image in a blend, in [0,1]
+    lam:float=None, # Share of the labelled image in a blend, in [0,1]; default: 0.5
     ssl_item_tfms=None, # Of the images for SSL; default: those of the labelled images
     ssl_batch_tfms=None, # Random ones for the images for SSL, `ViewTfms`, or a name in `view_sets`
     seed:int=None, # Of orders, partners and augmentations; default: drawn from torch's generator
-    mix:str='blend', # How both go together in the mix phase: 'blend' (Eq. 2), or 'joint': side by side
+    mix:str=None, # How both go together in the mix phase: 'joint', side by side, the default without `lam`; or 'blend'
     sl_bs:int=None, # Labelled images of a joint batch; default: a quarter of `bs`
 )->TransformBlock:
     "A `TransformBlock` for the images of a `DataBlock` whose loaders have phases. Raises `ValueError` on bad input."
+    mix,lam = _default_mix(mix, lam, ssl),0.5 if lam is None else lam
     _check_unit(lam=lam)
     _check_mix(mix, sl_bs)
     _check_names(ssl_batch_tfms)

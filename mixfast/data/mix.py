@@ -24,7 +24,7 @@ from ..checks import _check_seed, _check_unit
 from .augment import _check_masks_move, get_tfms, paper_tfms
 from .batch import MixBatch
 from .blend import Blend, BlendDL, blend
-from .joint import _check_mix
+from .joint import _check_mix, _default_mix
 import mixfast.data.derive # the loaders of all phases
 from .loader import MixDL, SeededDL, _seeded
 from .store import ImageStore, as_images, image_stats
@@ -236,9 +236,9 @@ def mix_dls(
     sl=None, # Labelled training data: (images uint8 [N,H,W,C] or [N,H,W], targets as in `ImageStore`). None: none
     valid=None, # Labelled validation data, likewise
     ssl=None, # Images for SSL, uint8 [N,H,W,C] of any size. None: those of `sl`, and mix batches are SL batches
-    lam:float=0.5, # Share of the labelled image in a blend of `sl` and `ssl`, in [0,1]
+    lam:float=None, # Share of the labelled image in a blend of `sl` and `ssl`, in [0,1]; default: 0.5
     bs:int=256, # Images a batch
-    mix:str='blend', # How `sl` and `ssl` go together in the mix phase: 'blend' (Eq. 2), or 'joint': side by side
+    mix:str=None, # Both in the mix phase: 'joint', side by side, the default without `lam`; or 'blend' (Eq. 2)
     sl_bs:int=None, # Labelled images of a joint batch, in front of the `bs` for SSL; default: a quarter of `bs`
     vocab=None, # Class names; default: the class numbers
     tfms=None, # Augmentations of `sl`: functions of a batch uint8 [B,C,H,W]; or 'cifar', 'tinyimagenet' for both sides
@@ -252,6 +252,7 @@ def mix_dls(
     path='.', # Where a learner saves
 )->MixDataLoaders:
     "Loaders for all phases from arrays. Raises `ValueError` or `TypeError` on bad input."
+    mix,lam = _default_mix(mix, lam, ssl),0.5 if lam is None else lam
     _check_unit(lam=lam)
     if not isinstance(bs, Integral) or bs<1: raise ValueError(f"bs must be a whole number of images, got {bs!r}")
     _check_mix(mix, sl_bs, bs)

@@ -47,8 +47,8 @@ def _columns(ds, image, label):
     for o in (image, label):
         if o not in ds.column_names: raise ValueError(f"there is no column {o!r}: the data set has {ds.column_names}")
     bad = [i for i,o in enumerate(ds[label]) if o is None or o==-1]
-    if bad: raise ValueError(f"{len(bad)} images have no label, the first in row {bad[0]}: filter them, and use them for "
-                             "SSL by stack_images")
+    if bad: raise ValueError(f"{len(bad)} images have no label, the first in row {bad[0]}: filter them, and use them "
+                             "for SSL by stack_images")
 
 def _pixels_labels(ds, image, label, size, mode): return stack_images(ds[image], size, mode),np.array(ds[label])
 
@@ -75,14 +75,15 @@ def hf_images(
 
 # %% ../../nbs/data/07b_sources.ipynb #8f1432d1
 def _as_data(x, y, valid, names, valid_pct, seed):
-    "Images and labels as `ImageData`; `valid`: a list, of a pair or empty. Raises `ValueError` on labels beyond `names`."
+    "Images and labels as `ImageData`; `valid`: a list, of a pair or empty. Raises `ValueError` on other labels."
     if not valid:
         i = _split(y, valid_pct, seed)
         (x,y),valid = (_take(x, np.flatnonzero(~i)), y[~i]),[(_take(x, np.flatnonzero(i)), y[i])]
     (xv,yv), = valid
     if names: return ImageData((x,y), (xv,yv), list(names)) # labels are their numbers
     vocab = np.unique(y)
-    if beyond := sorted(set(yv)-set(vocab)): raise ValueError(f"validation has labels that training has not: {beyond[:5]}")
+    if beyond := sorted(set(yv)-set(vocab)):
+        raise ValueError(f"validation has labels that training has not: {beyond[:5]}")
     return ImageData((x,np.searchsorted(vocab, y)), (xv,np.searchsorted(vocab, yv)), [str(o) for o in vocab])
 
 # %% ../../nbs/data/07b_sources.ipynb #a6d0b4e5

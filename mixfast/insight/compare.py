@@ -79,7 +79,7 @@ def compare_methods(
     e_ssl:int, # Epochs of SSL; several: SSL+SL is trained with each, the others with the most
     e_sl:int, # Epochs of SL
     rho:float=0.5, # Mix-ratio of MixTraining, in [0,1]; several: MixTraining with each
-    alpha:float=0.5, # Weight of the SSL loss in MixTraining, in [0,1]
+    alpha:float=None, # Weight of the SSL loss in MixTraining, in [0,1]; default: as `fit_mixtraining` has it
     seeds:int=3, # Runs a method
     save=None, # CSV that each run is written to when it is done
     bar:bool=True, # Show a progress bar? Where nobody sees it move, a line for each run

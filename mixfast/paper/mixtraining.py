@@ -190,7 +190,7 @@ def experiment_dls(
     i,held = _pick(e, y, e.p if load else _share(e.sl_data, len(y), e.p), seed, hold_out)
     if hold_out: valid = x[held],y[held]
     ys = noisy_labels(y[i], e.noise, len(data.vocab), seed) if e.noise else y[i]
-    args = dict(bs=s['bs'], tfms='tinyimagenet' if e.sl_data=='tinyimagenet' else 'cifar') | kwargs
+    args = dict(bs=s['bs'], lam=0.5, tfms='tinyimagenet' if e.sl_data=='tinyimagenet' else 'cifar') | kwargs
     return mix_dls((x[i][:n],ys[:n]), tuple(o[:n] for o in valid), ssl=_ssl_images(e, x, held, path, load, n),
                    vocab=data.vocab, device=device, seed=seed, **args)
 

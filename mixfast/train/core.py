@@ -19,6 +19,7 @@ from ..objective.features import body
 from ..model import plain_model
 from .job import JobSettings
 from .judge import judge_classes, judge_masks
+from .launched import joined
 from .embed import embed_folder
 from .predict import predict_folder
 from .report import write_report
@@ -75,6 +76,7 @@ def train_folder(
     "Train from a folder of photos, and leave model, predictions and report in the folder of the run"
     out = Path(out).expanduser()
     job = train_job(s, out, chosen, **kwargs)
+    if joined(s.device)[0]: return out/'report.html' # which the first process writes
     judged = _leave(job, out)
     if judged is not None:
         name = 'mIoU' if s.masks else 'accuracy'
@@ -110,7 +112,8 @@ def main(
     def run():
         s,chosen = _settings(photos, config, given)
         return train_folder(s, out, chosen, cache=cache, bar=not quiet)
-    print(f'report: {_or_exit("mixfast-train", run)}')
+    report = _or_exit('mixfast-train', run)
+    if joined(device)[0]==0: print(f'report: {report}')
 
 # %% ../../nbs/train/08_core.ipynb #2052000e
 def predict_main(

@@ -25,6 +25,7 @@ from ..data.mix import _check_device, mix_dls
 from ..data.store import ImageStore
 from ..learner import mix_learner
 from ..task.segment import Segment
+from .launched import joined
 from .scan import scan
 from .split import _check_classes, joined_groups, near_pairs, split_groups
 
@@ -116,7 +117,7 @@ def _loaders(s, found, store, masks, vocab, device):
     def part(rows): return store.take(found['at'][rows].astype(int).tolist())
     at = found['at'].notna() & (found.split!='test')
     known = at & (found.label.notna() if masks is None else found.index.isin(masks[1]))
-    kw = dict(bs=s.bs, device=device, seed=s.seed)
+    kw = dict(bs=max(s.bs//joined(s.device)[1], 1), device=device, seed=s.seed) # of each process
     if not known.any(): return mix_dls(ssl=part(at), **kw)
     def targets(rows):
         if masks is None: return found.label[rows].map(vocab.index).to_numpy(int)

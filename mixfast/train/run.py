@@ -10,10 +10,12 @@ __all__ = ['read_config', 'FitBar', 'train_job']
 # %% ../../nbs/train/05_run.ipynb #274df875
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
+from fastcore.basics import noop
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 
@@ -21,9 +23,12 @@ from ..callback.files import _write_atomic
 from ..callback.settings import _first_difference
 from ..data.mix import phase_dl
 from ..insight.machine import package_versions, source_commit
-import mixfast.insight.advise # learn.fit_best
+from ..insight.advise import TooShort # and learn.fit_best
+from ..insight.pilot import candidates
+from ..phases import MixPlan
 from ..schedule import Recipe, get_recipe
 from .job import Job, JobSettings, describe_job, prepare
+from .launched import by_first, joined, together
 
 # %% ../../nbs/train/05_run.ipynb #afaa1134
 def read_config(
@@ -50,6 +55,16 @@ def _note(out, given, used, chosen=None):
     what |= dict(versions=package_versions(), commit=source_commit())
     _write_atomic(out/'config.json', json.dumps(what, indent=2).encode())
 
+def _open(out, given, job, chosen, resume):
+    "What is written before training"
+    if not resume: _note(out, given, job.settings, chosen)
+    job.found.to_csv(out/'images.csv', index=False)
+
+def _close(out, given, job, chosen):
+    "And after"
+    _note(out, given, job.settings, chosen)
+    job.learn.mix.history.to_csv(out/'history.csv', index=False)
+
 # %% ../../nbs/train/05_run.ipynb #9b609104
 class FitBar(Callback):
     "A progress bar over all steps of a fit"
@@ -62,8 +77,8 @@ class FitBar(Callback):
         self.pbar.update(0)
 
     def after_batch(self):
-        "One more"
-        self.pbar.comment = f'{self.phases.now.name}, loss {self.smooth_loss.item():.3f}'
+        "One more; a loss that is read waits for the device, so it is not each time"
+        if self.iter%10==0: self.pbar.comment = f'{self.phases.now.name}, loss {self.smooth_loss.item():.3f}'
         self.pbar.update(sum(self.steps[:self.epoch])+self.iter+1)
     def after_fit(self):
         "No more"
@@ -73,17 +88,24 @@ class FitBar(Callback):
 def _rates(job):
     "The default recipe, at rates for the batches of this job"
     r = get_recipe('siamese' if job.learn.mix.objective.views>1 else 'resnet18')
-    def own(h): return h if h.opt=='sgd' else replace(h, lr=h.lr*256/job.dls.bs)
+    def own(h): return h if h.opt=='sgd' else replace(h, lr=h.lr*256/job.settings.bs)
     return Recipe(own(r.ssl), own(r.sl))
 
-def _planned(job):
-    "The settings; without labels with as many epochs of SSL as there is time for"
+def _without_trials(job, n=1):
+    "The settings, with the plan of MixTraining that there is time for by `n` processes. Raises `ValueError`."
+    name,args = list(candidates(job.learn).items())[-1]
+    row = job.learn.mix.advise(n*job.settings.minutes, {name: args}).iloc[0]
+    return replace(job.settings, e_ssl=int(row.e_ssl), e_sl=int(row.e_sl), rho=float(row.rho))
+
+def _planned(job, n=1):
+    "The settings, with a plan where nothing is to be tried; without labels for as many epochs of SSL as there is time"
     s = job.settings
-    if job.dls.train.dataset.labelled or s.e_ssl is not None: return s
-    secs = job.learn.mix.step_seconds(n=3)['ssl']*len(phase_dl(job.dls, 'ssl', job.learn.mix.objective.views))
+    if s.e_ssl is not None: return s
+    if job.dls.train.dataset.labelled: return s if n==1 else _without_trials(job, n)
+    secs = job.learn.mix.step_seconds(n=3)['ssl']*len(phase_dl(job.dls, 'ssl', job.learn.mix.objective.views))/n
     return replace(s, e_ssl=max(int(60*s.minutes/secs), 1), e_sl=0, rho=0.)
 
-def _fit(job, chosen, checkpoint, resume, **kwargs):
+def _fit(job, chosen, *, checkpoint, resume, **kwargs):
     "Train by a plan, by what was chosen before, or by what is found to be the best; gives what is chosen now"
     s,learn = job.settings,job.learn
     here = dict(checkpoint=checkpoint, resume=resume)
@@ -93,6 +115,16 @@ def _fit(job, chosen, checkpoint, resume, **kwargs):
         learn.fit_best(s.minutes, seed=s.seed, **here, **kwargs)
         return learn.mix.chosen
     return chosen
+
+def _trained(job, chosen, out, resume, cbs, say):
+    "The job, trained, with the settings that it has been trained by; and what was chosen"
+    fit,learn = partial(_fit, checkpoint=out/'fit', resume=resume, recipe=_rates(job), cbs=cbs),job.learn
+    learn.remove_cbs(learn.cbs.filter(lambda cb: isinstance(cb, ProgressCallback)))
+    with learn.no_logging(), together(learn):
+        try: return job, fit(job, chosen)
+        except TooShort: job = job._replace(settings=_without_trials(job))
+        say(f"there is no time for trials: {MixPlan(*[getattr(job.settings, k) for k in ('e_ssl','e_sl','rho')])}")
+        return job, fit(job, None)
 
 # %% ../../nbs/train/05_run.ipynb #f38a1df3
 def train_job(
@@ -104,19 +136,16 @@ def train_job(
     cbs=None, # More callbacks
     say=print, # What is told a line
 )->Job: # With its trained learner
-    "Look at a folder, and train; or go on with that. Raises `ValueError`."
+    "Look at a folder, and train, in all processes of a launcher; or go on with that. Raises `ValueError`."
     (out := Path(out).expanduser()).mkdir(parents=True, exist_ok=True)
-    resume = _begin(out, given)
-    job = prepare(given, [out], cache, bar)
-    old = read_config(out/'config.json') if resume else dict(used=_planned(job), chosen=chosen)
+    rank,n = joined(given.device)
+    resume = by_first(lambda: _begin(out, given))
+    job = prepare(given, [out], cache, bar and rank==0)
+    old = by_first(lambda: read_config(out/'config.json') if resume else dict(used=_planned(job, n), chosen=chosen))
     job,chosen = job._replace(settings=old['used']),old['chosen']
-    if not resume: _note(out, given, job.settings, chosen)
+    if rank: say = noop
+    else: _open(out, given, job, chosen, resume)
     for line in describe_job(job): say(line)
-    job.found.to_csv(out/'images.csv', index=False)
-    learn = job.learn
-    learn.remove_cbs(learn.cbs.filter(lambda cb: isinstance(cb, ProgressCallback)))
-    with learn.no_logging():
-        chosen = _fit(job, chosen, out/'fit', resume, recipe=_rates(job), cbs=[*([FitBar()] if bar else []), *L(cbs)])
-    _note(out, given, job.settings, chosen)
-    learn.mix.history.to_csv(out/'history.csv', index=False)
+    job,chosen = _trained(job, chosen, out, resume, [*([FitBar()] if bar and rank==0 else []), *L(cbs)], say)
+    if rank==0: _close(out, given, job, chosen)
     return job

@@ -62,7 +62,8 @@ def table(recs):
 
 def report(out):
     secs = []
-    for (data,minutes),g in pd.DataFrame([dict(r['exp'], i=i) for i,r in enumerate(recs := read_records(out))]).groupby(['data','minutes'], sort=False):
+    recs = read_records(out)
+    for (data,minutes),g in pd.DataFrame([dict(r['exp'], i=i) for i,r in enumerate(recs)]).groupby(['data','minutes'], sort=False):
         secs.append(Section(data, f'{minutes:g} minutes for each fit, pilots included; accuracy in per cent on the test split.', table([recs[i] for i in g.i])))
     print(save_report(out, 'Is the advice right?', secs))
 

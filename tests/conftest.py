@@ -1,4 +1,6 @@
 import matplotlib; matplotlib.use('Agg')
+import warnings
+from contextlib import contextmanager
 import numpy as np, pytest, torch
 from fastai.vision.all import Callback, ProgressCallback, accuracy, noop, set_seed
 
@@ -32,6 +34,13 @@ def make(tmp_path):
         learn.logger = noop
         return learn
     return _make
+
+@contextmanager
+def warned(how, category=Warning):
+    "Warnings `how` Python's filters say: 'ignore', 'error', 'always'; gives a list of them"
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter(how, category)
+        yield w
 
 def state(m): return {k:v.clone() for k,v in m.state_dict().items()}
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)

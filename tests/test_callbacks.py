@@ -1,5 +1,5 @@
 "Every callback that fastai ships, and some of a user's: each works in a fit with phases, and resumes, or is refused in words"
-import ast, contextlib, csv, io, os, re, warnings
+import ast, contextlib, csv, io, os, re
 from collections import deque
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from fastai.vision.all import (ActivationStats, CSVLogger, Callback, CategoryBlo
     ProgressCallback, RandomSplitter, Resize, SaveModelCallback, ShowGraphCallback, accuracy, deepcopy, noop, set_seed, vision_learner)
 from timm.utils import ModelEmaV3
 from mixfast.all import Hypers, MixBlock, Recipe, mix_learner, no_decay
-from conftest import TINY, images, same, state
+from conftest import TINY, images, same, state, warned
 
 TABLE = list(csv.DictReader((Path(__file__).parent/'tables'/'callbacks.csv').open()))
 FIT = dict(e_ssl=2, e_sl=2, rho=0.5) # an epoch of each phase
@@ -196,10 +196,10 @@ def test_it_is_said_before_training(new, tmp_path):
         only_watches = True
         def before_epoch(self): raise KeyboardInterrupt
     for cb in (Queue(), Callback(after_step=lambda self: None)): # a callback made of functions is known by what it holds
-        with pytest.raises(KeyboardInterrupt), warnings.catch_warnings(record=True, action='always') as w:
+        with pytest.raises(KeyboardInterrupt), warned('always') as w:
             fit(new(0), cb, tmp_path, Stop(), checkpoint=tmp_path/type(cb).__name__)
         assert [re.findall('with this fit: (.*), which', str(o.message)) for o in w if 'resume=True' in str(o.message)]==[['Queue holds a deque (last)']]*isinstance(cb, Queue)
-    with warnings.catch_warnings(action='error', category=UserWarning): fit(new(0), Queue(), tmp_path)
+    with warned('error', UserWarning): fit(new(0), Queue(), tmp_path)
 
 # ---- optimizers and what logs them
 

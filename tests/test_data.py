@@ -85,7 +85,7 @@ def test_seed_decides_everything(ssl):
     y = np.arange(40)
     noise = lambda b: (b+torch.randint(0, 3, b.shape, dtype=torch.uint8)+np.random.randint(3)+random.randrange(3)).to(torch.uint8) # a user's own
     def epochs(seed, junk=0):
-        dls = mix_dls((x,y), ssl=images(30, 16, 3, seed=9)[0] if ssl else None, tfms=[*AUGS,noise], ssl_tfms=AUGS, bs=8, seed=seed, vocab=range(40))
+        dls = mix_dls((x,y), lam=0.5, ssl=images(30, 16, 3, seed=9)[0] if ssl else None, tfms=[*AUGS,noise], ssl_tfms=AUGS, bs=8, seed=seed, vocab=range(40))
         for _ in range(junk): torch.rand(3); random.random(); np.random.rand(); dls.one_batch(); dls.mix.one_batch()
         return [[torch.cat(o) for o in zip(*dls.mix)] for _ in range(2)]
     a,b,c = epochs(0),epochs(0, junk=5),epochs(1)
@@ -261,7 +261,7 @@ def test_views(tmp_path, kind, ssl, phase):
     "So many versions of each image, the first as ever; with any number of workers"
     if kind=='arrays':
         x,y = images(40, 16, 3)
-        make_dls = lambda n: mix_dls((x,y), (x[:20],y[:20]), ssl=images(30, 16, 3, seed=9)[0] if ssl else None, tfms=BatchFlip(), ssl_tfms=AUGS, bs=8, seed=0)
+        make_dls = lambda n: mix_dls((x,y), (x[:20],y[:20]), lam=0.5, ssl=images(30, 16, 3, seed=9)[0] if ssl else None, tfms=BatchFlip(), ssl_tfms=AUGS, bs=8, seed=0)
     else:
         paths = write(tmp_path/'a', 24),write(tmp_path/'b', 20, seed=1)
         make_dls = lambda n: item_dls(paths[0], paths[1] if ssl else None, n=n, block=dict(ssl_item_tfms=RandomResizedCrop(16), ssl_batch_tfms=Flip()))

@@ -1,5 +1,5 @@
 "Masks and several tasks: through all phases, from arrays and from files; what is kept, shown, refused"
-import json, warnings
+import json
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
@@ -14,7 +14,7 @@ from fastcore.basics import noop
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import HOT, same, state
+from conftest import HOT, same, state, warned
 from mixfast.all import (BatchFlip, BatchResizedCrop, Classify, KNNAccuracy, LayerRates, MAE, MeanIoU, MixBlock, Segment, SimMIM, SimSiam, SuperProgressive, ViewTfms, linear_probe,
     mask_folder, mix_dls, mix_learner, transfer)
 
@@ -144,7 +144,7 @@ def test_files(tmp_path):
     mask,_,probs = learn.predict(f)
     assert mask.shape==(32,32) and probs.shape==(2,32,32) and torch.allclose(probs.sum(0), torch.ones(32,32), atol=1e-4)
     learn.export('m.pkl')
-    with warnings.catch_warnings(action='ignore'): again = load_learner(learn.path/'m.pkl')
+    with warned('ignore'): again = load_learner(learn.path/'m.pkl')
     assert torch.equal(again.predict(f)[0], mask)
     learn.show_results(max_n=2)
     plt.close('all')
@@ -201,7 +201,7 @@ def test_several_kept(weights, tmp_path):
     names,nums,probs = learn.predict(x)
     assert len(probs)==2 and probs[0].shape==(2,) and probs[1].shape==(2,32,32)
     learn.export('m.pkl')
-    with warnings.catch_warnings(action='ignore'): again = load_learner(learn.path/'m.pkl')
+    with warned('ignore'): again = load_learner(learn.path/'m.pkl')
     assert all(torch.equal(a, b) for a,b in zip(again.predict(x)[2], probs))
     learn.show_results(max_n=3)
     assert len(plt.gcf().axes)>=6

@@ -1,12 +1,11 @@
 "DINO: loss, center and teacher by the letter; prototypes that rest; a fit that goes on; small crops"
-import warnings
 from functools import partial
 
 import pytest, timm, torch, torch.nn.functional as F
 from fastai.vision.all import Adam, Callback, GradientAccumulation, SGD, accuracy, set_seed
 from torch import nn
 
-from conftest import Die, HOT, TINY, images, same, state
+from conftest import Die, HOT, TINY, images, same, state, warned
 from mixfast.all import MixModel, Recipe, Hypers, mix_dls, mix_learner
 from mixfast.insight.cost import _count
 from mixfast.model import mix_splitter
@@ -160,7 +159,7 @@ def test_a_bad_step_leaves_no_trace(make):
         def before_batch(self):
             if (self.epoch,self.iter)==(0,1): self.learn.xb = (tuple(o*float('nan') for o in self.xb[0]),)
     learn = make(objective=small())
-    with warnings.catch_warnings(action='ignore'): learn.fit_ssl(2, recipe=HOT, on_nan='skip', cbs=Poison())
+    with warned('ignore'): learn.fit_ssl(2, recipe=HOT, on_nan='skip', cbs=Poison())
     o = learn.mix.objective
     assert learn.mix.skipped==1 and all(v.isfinite().all() for v in state(o).values()) and o.gathered.sum()==0
 

@@ -349,7 +349,7 @@ VIEWS = ViewTfms([], [lambda x: x.flip(3)], [lambda x: x.flip(2)])
 
 def view_learner(bs, objective, ssl_tfms=VIEWS, **kwargs):
     "Two or three views that are not random, and no batch norm"
-    dls = mix_dls(images(48), images(21, seed=1), ssl=images(61, seed=2)[0], bs=bs, seed=3, ssl_tfms=ssl_tfms, **kwargs)
+    dls = mix_dls(images(48), images(21, seed=1), lam=0.5, ssl=images(61, seed=2)[0], bs=bs, seed=3, ssl_tfms=ssl_tfms, **kwargs)
     return mix_learner(dls, objective=objective, metrics=accuracy, **TINY)
 
 def objective_state(learn): return dict(objective=state(learn.mix.objective))

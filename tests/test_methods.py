@@ -17,7 +17,7 @@ FIT = dict(e_ssl=4, e_sl=4, rho=0.5, recipe=HOT)
 
 def arrays(ssl=True, n=40, seed=0, **kw):
     set_seed(seed)
-    return mix_dls(images(n), images(9, seed=1), ssl=images(50, seed=2)[0] if ssl else None, bs=8, tfms=BatchFlip(), ssl_tfms=[BatchResizedCrop(), BatchFlip()], **kw)
+    return mix_dls(images(n), images(9, seed=1), lam=0.5, ssl=images(50, seed=2)[0] if ssl else None, bs=8, tfms=BatchFlip(), ssl_tfms=[BatchResizedCrop(), BatchFlip()], **kw)
 
 def cnn(objective, n=6, size=16, **kw):
     "An objective in training on a small CNN, which is trained a bit so that the teacher differs; and views"

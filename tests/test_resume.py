@@ -86,7 +86,7 @@ def test_samples_and_draws(make, tmp_path, monkeypatch):
         def after_train(self): on[0] = False
     def new(seed):
         set_seed(seed)
-        dls = mix_dls(images(40), images(9, seed=1), ssl=images(50, seed=2)[0], bs=8, tfms=[BatchFlip()], ssl_tfms=[BatchFlip()])
+        dls = mix_dls(images(40), images(9, seed=1), lam=0.5, ssl=images(50, seed=2)[0], bs=8, tfms=[BatchFlip()], ssl_tfms=[BatchFlip()])
         return make(seed=seed, dls=dls)
     def fit(learn, **kwargs): learn.fit_mixtraining(4, 4, checkpoint=tmp_path/str(kwargs.pop('folder')), every_steps=1, resume=True, **kwargs)
     fit(new(0), folder='peace', cbs=Switch())

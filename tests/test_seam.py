@@ -1,5 +1,5 @@
 "What plugs into the seam by adding only: objectives with a teacher, several heads, any loss, any size; and whose model it is"
-import random, warnings
+import random
 from copy import deepcopy
 
 import numpy as np, pytest, timm, torch, torch.nn.functional as F
@@ -8,7 +8,7 @@ from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CrossEntropyLoss
     vision_learner)
 from torch import nn
 
-from conftest import Die, HOT, TINY, images, same, state
+from conftest import Die, HOT, TINY, images, same, state, warned
 from mixfast.all import (AE, BatchFlip, BatchResizedCrop, KNNAccuracy, MAE, Objective, SimCLR, find_layout, mix_dls, mix_learner,
                          plain_model)
 
@@ -59,7 +59,7 @@ def test_a_teacher_waits_for_steps_that_are_taken(make):
         def before_batch(self):
             if (self.epoch,self.iter)==(0,1): self.learn.xb = (self.xb[0]*float('nan'),)
     learn = make(objective=Teacher())
-    with warnings.catch_warnings(action='ignore'): learn.fit_mixtraining(2, 1, rho=0, recipe=HOT, on_nan='skip', cbs=Poison())
+    with warned('ignore'): learn.fit_mixtraining(2, 1, rho=0, recipe=HOT, on_nan='skip', cbs=Poison())
     assert len(learn.mix.objective.moves)==5 and learn.mix.skipped==1
     assert all(p.isfinite().all() for p in learn.mix.objective.parameters())
 
@@ -294,7 +294,7 @@ def test_two_views_are_resumed(make, tmp_path, two):
     "Other images for SSL or the same: each view blended, one pass a step; killed in each phase, and bit for bit as in peace"
     def new(seed):
         set_seed(seed)
-        dls = mix_dls(images(40), images(9, seed=1), ssl=images(50, seed=2)[0] if two else None, bs=8, tfms=BatchFlip(), ssl_tfms=[BatchResizedCrop(), BatchFlip()])
+        dls = mix_dls(images(40), images(9, seed=1), lam=0.5, ssl=images(50, seed=2)[0] if two else None, bs=8, tfms=BatchFlip(), ssl_tfms=[BatchResizedCrop(), BatchFlip()])
         return make(seed=seed, dls=dls, objective=SimSiam())
     ref,seen = new(0),[]
     class Look(Callback):

@@ -124,7 +124,7 @@ def _flops(mix, objective, kinds, dev):
             x = tuple(torch.rand(o, device=dev) for o in sizes)
             x = x if len(x)>1 else x[0]
             y = [torch.empty(n) for n in n_sl]
-            res[phase,sizes,*n_sl] = _count(partial(_step, mix.learn, m, opt, phase, x, y, _total))
+            res[(phase,sizes,*n_sl)] = _count(partial(_step, mix.learn, m, opt, phase, x, y, _total))
     return res
 
 # %% ../../nbs/insight/03_cost.ipynb #f26e30b6
@@ -143,7 +143,7 @@ def step_flops(self:MixRecorder,
         kinds = [_kind(p, *_batch(self.learn, p)) for p in (_PHASES if _labelled(self.learn) else ('ssl',))]
         if size is not None: kinds = [(p, o if p=='sl' else _resized(o, size), *n) for p,o,*n in kinds]
         flops = _flops(self, self.objective, kinds, _device(self.learn))
-    return {p: flops[p,*o] for p,*o in kinds}
+    return {p: flops[(p,*o)] for p,*o in kinds}
 
 # %% ../../nbs/insight/03_cost.ipynb #98e86c85
 def _nbytes(ts):

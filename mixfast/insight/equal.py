@@ -26,9 +26,10 @@ def _by_seed(runs, x, name):
 def _at(
     curve:pd.DataFrame, # Of `_by_seed`
     cost, # Where
-)->pd.Series: # By seed; nan beyond the curve's ends
+)->pd.Series: # By seed; nan beyond the curve's ends, where it is more than 2 % away
     "The metric of each seed at a cost, straight between two points"
-    seeds = curve.drop(columns='cost')
+    seeds,ends = curve.drop(columns='cost'),curve.cost.iloc[[0,-1]]
+    if ends.iloc[0]/1.02<=cost<=1.02*ends.iloc[1]: cost = np.clip(cost, *ends)
     return seeds.apply(lambda a: np.interp(cost, curve.cost, a, left=np.nan, right=np.nan))
 
 def _cost_of(curve, value):

@@ -89,7 +89,7 @@ def main_runs():
     "What is compared on the test split: AE where all images are labelled, SimCLR with joint batches where others are at hand"
     for s in SETTINGS:
         o,shares,kinds = ('ae',(0.25,0.5,1.),[dict(rho=0.5), dict(rho=1.)])
-        if s[2]: o,shares,kinds = 'simclr',(0.5,1.),[dict(rho=0.5, mix='joint', sched='ssl', alpha=0.9, sl_share=0.5)]
+        if s[2]: o,shares,kinds = 'simclr',(0.5,1.,1.25),[dict(rho=0.5, mix='joint', sched='ssl', alpha=0.9)]
         if not s[2]: yield Run(*s, o, 'sl') # whatever there is for SSL
         for share in shares: yield Run(*s, o, 'ssl_sl', share)
         for k in kinds: yield Run(*s, o, 'mix', **k)

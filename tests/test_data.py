@@ -353,7 +353,7 @@ def test_weights(tmp_path):
     "Samples drawn by weights, in the phases that have labels; fastai's own loader for that would lose the SSL images"
     x,y = images(30, 8, 3)
     path,u = write(tmp_path/'a', 24),write(tmp_path/'b', 20, seed=1)
-    block = DataBlock(blocks=(MixBlock(ssl=u, seed=0), CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=RandomSplitter(0.25, seed=0), item_tfms=Resize(8))
+    block = DataBlock(blocks=(MixBlock(ssl=u, lam=0.5, seed=0), CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=RandomSplitter(0.25, seed=0), item_tfms=Resize(8))
     w = np.array([o=='c1' for o in map(parent_label, block.datasets(path).train.items)])
     dls = block.dataloaders(path, bs=4, num_workers=0, dl_kwargs=(dict(wgts=w), {}))
     for p in ('mix','sl'): assert {o.item() for _,y in phase_dl(dls, p) for o in y}=={1}
@@ -364,7 +364,7 @@ def test_weights(tmp_path):
 # Files: MixBlock
 
 def item_dls(path, ssl=None, n=0, seed=0, bs=4, block={}, **kw):
-    block = DataBlock(blocks=(MixBlock(ssl=ssl, seed=seed, **block), CategoryBlock), get_items=get_image_files, get_y=parent_label,
+    block = DataBlock(blocks=(MixBlock(ssl=ssl, seed=seed, **{'lam':0.5, **block}), CategoryBlock), get_items=get_image_files, get_y=parent_label,
         splitter=RandomSplitter(0.25, seed=0), **{'item_tfms':RandomResizedCrop(16, min_scale=0.5), 'batch_tfms':[Flip(), Normalize.from_stats([.5]*3,[.25]*3, cuda=False)], **kw})
     return block.dataloaders(path, bs=bs, num_workers=n)
 

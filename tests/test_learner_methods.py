@@ -40,7 +40,7 @@ def make_learner(kind, path):
     if kind=='vision':
         dls = ImageDataLoaders.from_folder(files, valid_pct=0.36, seed=0, item_tfms=Resize(32), **kw)
         return vision_learner(dls, 'test_resnet', pretrained=False, metrics=accuracy, path=path)
-    blocks = (MixBlock(ssl=write(path/'b', 20, 20, 1), seed=0), CategoryBlock) if kind=='block' else (MixBlock(seed=0),)
+    blocks = (MixBlock(ssl=write(path/'b', 20, 20, 1), lam=0.5, seed=0), CategoryBlock) if kind=='block' else (MixBlock(seed=0),)
     block = DataBlock(blocks, get_items=get_image_files, get_y=None if kind=='unlabelled' else parent_label, splitter=RandomSplitter(0.36, seed=0), item_tfms=Resize(16))
     return mix_learner(block.dataloaders(files, **kw), **VIT, metrics=accuracy, path=path)
 

@@ -41,7 +41,7 @@ def make_dls(data, target, files):
     if data=='arrays':
         (x,y),(xv,yv) = images(24, 16, 3),images(9, 16, 3, seed=1)
         return mix_dls((x, np.array([as_array(k) for k in y])), (xv, np.array([as_array(k) for k in yv])), lam=0.5, ssl=images(20, 16, 3)[0], vocab=names, bs=8, seed=0)
-    block = DataBlock((MixBlock(ssl=files/'ssl', seed=0), block), get_items=get_image_files, get_y=lambda f: of_class(int(parent_label(f))), splitter=RandomSplitter(0.34, seed=0),
+    block = DataBlock((MixBlock(ssl=files/'ssl', lam=0.5, seed=0), block), get_items=get_image_files, get_y=lambda f: of_class(int(parent_label(f))), splitter=RandomSplitter(0.34, seed=0),
         item_tfms=Resize(16), batch_tfms=[Flip(), Normalize.from_stats([.5]*3, [.25]*3, cuda=False)])
     return block.dataloaders(files/'sl', bs=8, num_workers=0)
 

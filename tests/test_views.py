@@ -169,7 +169,7 @@ def files(tmp_path, ssl=True, n=0, cls=None, **kw):
     if not (tmp_path/'a').exists(): write(tmp_path/'a', 16), write(tmp_path/'b', 12, seed=1)
     kw = {'ssl_batch_tfms':'dino', **({'cls':cls} if cls else {}), **kw}
     c = 1 if cls is PILImageBW else 3
-    block = DataBlock(blocks=(MixBlock(ssl=tmp_path/'b' if ssl else None, seed=0, **kw), CategoryBlock), get_items=get_image_files, get_y=parent_label,
+    block = DataBlock(blocks=(MixBlock(ssl=tmp_path/'b' if ssl else None, seed=0, **{'lam':0.5, **kw}), CategoryBlock), get_items=get_image_files, get_y=parent_label,
         splitter=RandomSplitter(0.25, seed=0), item_tfms=Resize(40), batch_tfms=[Flip(), Normalize.from_stats([.5]*c,[.25]*c, cuda=False)])
     return block.dataloaders(tmp_path/'a', bs=4, num_workers=n)
 

@@ -8,7 +8,7 @@ cfg.read('settings.ini', encoding='utf-8')
 cfg = cfg['DEFAULT']
 readme = re.sub(r'\]\((nbs/images/[^)]+)\)', rf"]({cfg['git_url']}/raw/main/\1)", Path('README.md').read_text(encoding='utf-8'))
 readme = re.sub(r'\]\((nbs/[^)]+)\)', rf"]({cfg['git_url']}/blob/main/\1)", readme) # PyPI has no such files
-extras = {k: cfg[f'{k}_requirements'].split() for k in ('data','track','launch','export')}
+extras = {k: cfg[f'{k}_requirements'].split() for k in ('data','track','launch','cluster','export')}
 
 setup(name=cfg['name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
       author=cfg['author'], author_email=cfg['author_email'], license=cfg['license'],

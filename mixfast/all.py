@@ -67,6 +67,7 @@ from .insight.compare import *
 from .insight.equal import *
 from .insight.plot import *
 from .insight.returns import *
+from .insight.parallel import *
 from .insight.pilot import *
 from .insight.advise import *
 from .train.scan import *

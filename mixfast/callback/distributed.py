@@ -20,6 +20,7 @@ from timm.utils import unwrap_model
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data.loader import SeededDL
+from .heartbeat import _heartbeats
 
 # %% ../../nbs/callback/00_distributed.ipynb #37e51a0e
 def _ranks(learn):
@@ -150,7 +151,7 @@ def _distributed(learn, settings):
     learn.model.to(device)
     trainer._wrap_dl,trainer.sync_bn = noop,False
     try:
-        with (_sharded(learn.dls, rank, world_size, device), learn.added_cbs(MeanLoss()),
+        with (_heartbeats(rank, world_size), _sharded(learn.dls, rank, world_size, device), learn.added_cbs(MeanLoss()),
               _synced_norms(learn.model, sync_bn and device.type=='cuda')): yield # torch has it for GPUs alone
         for b in unwrap_model(learn.model).buffers(): dist.broadcast(b, 0) # statistics of normalisation
     finally:

@@ -8,10 +8,13 @@ Docs: https://mixfast.github.io/mixfast/paper/cli.html.md"""
 __all__ = ['main', 'report_main']
 
 # %% ../../nbs/paper/05_cli.ipynb #5c282e43
-import argparse, sys
+import argparse, json, sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from ..insight.parallel import DeadJobs, on_cluster
 from .records import PAPERS, missing_runs
 from . import diminishing_results, efficient_results, mixtraining_results # make their papers known
 
@@ -45,8 +48,16 @@ def _parser(
     a('--fp32', action='store_true', help='train in float32 rather than in bfloat16 autocast')
     a('--jobs', type=_whole, help=f'processes, with one thread each if there are several; default: 1 at scale '
                                f'{paper.scales[0]} and on a GPU, else one a core')
+    a('--cluster', choices=['slurm','local'], help='each run is a job, by submitit')
+    a('--cluster-args', default='{}', help='of each job, as JSON: {"timeout_min": 240, "slurm_partition": "gpu"}')
     a('--dry-run', action='store_true', help='list the runs and the estimated time')
     return p
+
+def _where(a):
+    "The context in which runs are jobs of a cluster, if that is asked for. Raises `ValueError`."
+    try: args = json.loads(a.cluster_args)
+    except ValueError as e: raise ValueError(f"cluster-args must be JSON, got {a.cluster_args!r}: {e}") from e
+    return on_cluster(a.cluster, Path(a.out).expanduser()/'cluster', **args) if a.cluster else nullcontext()
 
 # %% ../../nbs/paper/05_cli.ipynb #cf715e16
 def _list(paper, runs, a):
@@ -77,8 +88,8 @@ def main(
         runs = missing_runs(exps, a.seeds, a.out, a.scale, not a.fp32)
         if a.dry_run: return _list(paper, runs, a)
         print(f'{len(runs)} runs are missing at scale {a.scale}', flush=True)
-        paper.reproduce(exps, a.path, a.out, a.seeds, a.scale, not a.fp32, _jobs(paper, a))
-    except (ValueError, TypeError, OSError) as e: sys.exit(f'mixfast-reproduce: {e}')
+        with _where(a): paper.reproduce(exps, a.path, a.out, a.seeds, a.scale, not a.fp32, _jobs(paper, a))
+    except (ValueError, TypeError, OSError, ImportError, DeadJobs) as e: sys.exit(f'mixfast-reproduce: {e}')
     except KeyboardInterrupt: sys.exit('mixfast-reproduce: stopped; the same command goes on from here')
 
 # %% ../../nbs/paper/05_cli.ipynb #b4444f6f

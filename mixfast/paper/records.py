@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..insight.parallel import _in_processes
+from ..insight.parallel import _cluster, _in_processes
 
 # %% ../../nbs/paper/00_records.ipynb #b7cad184
 def add_record(
@@ -133,9 +133,12 @@ def run_missing(
     "Run what has no record; a record is written as soon as its run is done"
     out,res = Path(out).expanduser(),[]
     (out/'locks').mkdir(parents=True, exist_ok=True)
+    alone = _cluster.get() is not None # jobs of a cluster write nothing: their results are written here
+    f = run if alone else partial(_claimed, run, out, scale, bf16)
     while runs := missing_runs(exps, seeds, out, scale, bf16):
         n = len(res)
-        for rec in filter(None, _in_processes(partial(_claimed, run, out, scale, bf16), runs, jobs, device)):
+        for rec in filter(None, _in_processes(f, runs, jobs, device)):
+            if alone: add_record(out/f'{scale}.jsonl', rec)
             res.append(rec)
             if done: done(rec)
         if len(res)==n: time.sleep(POLL)

@@ -19,7 +19,7 @@ from fastai.callback.core import Callback, CancelValidException
 
 from ..insight.cost import _device, _steps
 from ..insight.machine import device_clock, device_name, package_versions, peak_memory, source_commit
-from ..insight.parallel import _in_processes, _looked_at, _n_jobs, _watched
+from ..insight.parallel import _cluster, _in_processes, _looked_at, _n_jobs, _watched
 from .records import add_record, missing_runs, run_missing
 
 # %% ../../nbs/paper/01a_running.ipynb #36e61b4f
@@ -112,10 +112,10 @@ def run_shown(
     "`run_missing`, and something to be seen of it"
     runs = missing_runs(exps, seeds, out, scale, bf16)
     jobs = _n_jobs(jobs, len(runs), device)
-    pb = _Bar(runs, work, name) if bar and runs and _looked_at() else None
-    begin = pb.begin if pb and jobs==1 else lambda e, seed: []
+    pb,here = _Bar(runs, work, name) if bar and runs and _looked_at() else None,jobs==1 and _cluster.get() is None
+    begin = pb.begin if pb and here else lambda e, seed: []
     def done(rec):
-        if pb and jobs>1: pb.end(type(runs[0][0])(**rec['exp']))
+        if pb and not here: pb.end(type(runs[0][0])(**rec['exp']))
         elif bar and not pb: said(rec)
     return run_missing(exps, lambda e, seed: run(e, seed, begin(e, seed)), out, seeds, scale, bf16, jobs, done, device)
 

@@ -1,0 +1,87 @@
+"Two machines, as network namespaces of this one: they train as one, and one that is cut off is named"
+import os, shutil, subprocess, sys, textwrap, time
+import numpy as np, pandas as pd, pytest
+pytest.importorskip('accelerate')
+
+SCRIPT = textwrap.dedent('''
+    import sys, time, torch
+    from fastai.vision.all import *
+    from fastai.distributed import *
+    from mixfast.all import *
+    class Slow(Callback):
+        only_watches = True
+        def after_epoch(self): print('epoch', self.epoch, flush=True); time.sleep(float(sys.argv[1]))
+    set_seed(0, reproducible=True)
+    data = digits()
+    dls = mix_dls([o[:120] for o in data.train], data.valid, vocab=data.vocab, bs=24//max(num_distrib(), 1), seed=0)
+    learn = mix_learner(dls, 'vit_tiny_patch16_224', patch_size=2, embed_dim=32, depth=2, num_heads=2, objective='ae', metrics=accuracy, cbs=Slow())
+    with learn.distrib_ctx(cpu=True), learn.no_bar(), learn.no_logging():
+        learn.fit_mixtraining(3, 3, rho=0.5, recipe=Recipe(Hypers(1e-3), Hypers(1e-3)), checkpoint='run', resume=True)
+    if rank_distrib()==0: learn.mix.history.to_csv('history.csv', index=False)
+''')
+
+def sh(cmd): subprocess.run(cmd, shell=True, check=True, capture_output=True)
+
+@pytest.fixture
+def hosts():
+    "Names of two namespaces with a cable between them, at 10.77.0.1 and 10.77.0.2"
+    if not shutil.which('ip') or os.geteuid()!=0: pytest.skip('network namespaces want root, and ip')
+    names = [f'mix{os.getpid()}a', f'mix{os.getpid()}b']
+    try:
+        for n in names: sh(f'ip netns add {n}')
+    except subprocess.CalledProcessError: pytest.skip('no network namespaces here')
+    try:
+        sh(f'ip link add va{os.getpid()} netns {names[0]} type veth peer name vb{os.getpid()} netns {names[1]}')
+        for n,v,i in zip(names, 'ab', (1,2)):
+            sh(f'ip -n {n} addr add 10.77.0.{i}/24 dev v{v}{os.getpid()} && ip -n {n} link set v{v}{os.getpid()} up && ip -n {n} link set lo up')
+        yield names
+    finally:
+        for n in names: subprocess.run(f'ip netns pids {n} | xargs -r kill -9; ip netns del {n}', shell=True, capture_output=True)
+
+def start(host, rank, folder, pause=0):
+    "The script on a host, by torchrun"
+    cmd = ['ip', 'netns', 'exec', host, sys.executable, '-m', 'torch.distributed.run', '--nnodes', '2', '--nproc-per-node', '1', '--node-rank', str(rank),
+           '--master-addr', '10.77.0.1', '--master-port', '29511', str(folder/'script.py'), str(pause)]
+    env = os.environ | dict(OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME=f"v{'ab'[rank]}{os.getpid()}")
+    return subprocess.Popen(cmd, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+def history(folder):
+    "Losses and accuracy of all epochs"
+    return pd.read_csv(folder/'history.csv')[['train_loss','ssl_loss','sl_loss','valid_loss','accuracy']]
+
+def same(a, b): np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)
+
+def alone(folder):
+    "The script by one process"
+    done = subprocess.run([sys.executable, 'script.py', '0'], cwd=folder, capture_output=True, text=True, timeout=300, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    assert done.returncode==0, done.stderr
+    return history(folder)
+
+@pytest.fixture
+def folder(tmp_path):
+    def _make(name):
+        (tmp_path/name).mkdir()
+        (tmp_path/name/'script.py').write_text(SCRIPT)
+        return tmp_path/name
+    return _make
+
+def test_two_hosts_train_as_one(hosts, folder):
+    both = folder('both')
+    ps = [start(h, r, both) for r,h in enumerate(hosts)]
+    outs = [p.communicate(timeout=300)[0] for p in ps]
+    assert [p.returncode for p in ps]==[0,0], outs
+    same(history(both), alone(folder('one')))
+
+def test_one_is_cut_off(hosts, folder):
+    "The other says which within a minute, and the fit goes on on one host"
+    d = folder('cut')
+    ps = [start(h, r, d, pause=3) for r,h in enumerate(hosts)]
+    for line in ps[0].stdout:
+        if line.startswith('epoch 1'): break
+    sh(f'ip -n {hosts[1]} link set vb{os.getpid()} down') # nothing is closed: there is no answer any more
+    t = time.time()
+    out = ps[0].communicate(timeout=120)[0]
+    assert ps[0].returncode and time.time()-t<60
+    assert 'nothing has been heard of process 1 on' in out and '(10.77.0.2)' in out, out
+    ps[1].kill()
+    same(alone(d), alone(folder('peace')))

@@ -33,8 +33,8 @@ def _note(heard, word, now):
 def _end(names, silent):
     "Say who is gone, and end this process"
     who = ', '.join(names[r] for r in silent)
-    print(f"nothing has been heard of {who} for {_SILENCE} s: is the machine or its network down? This process ends. The "
-          "same call with resume=True goes on from the last checkpoint, with the machines that are left.",
+    print(f"nothing has been heard of {who} for {_SILENCE} s: is the machine or its network down? This process ends. "
+          "The same call with resume=True goes on from the last checkpoint, with the machines that are left.",
           file=sys.stderr, flush=True)
     os._exit(1)
 

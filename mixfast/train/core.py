@@ -127,5 +127,7 @@ def predict_main(
 ):
     "Classes with probabilities, or masks, of a folder of photos"
     if features and out: raise SystemExit("mixfast-predict: features and out name two files: give one of them")
-    def f(): return (embed_folder if features else predict_folder)(run, photos, features or out, bs, device, bar=not quiet)
+    def f():
+        to_file = embed_folder if features else predict_folder
+        return to_file(run, photos, features or out, bs, device, bar=not quiet)
     print(_or_exit('mixfast-predict', f))

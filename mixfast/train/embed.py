@@ -40,8 +40,9 @@ def _npz(out):
     rows = []
     yield rows.extend
     good = [o for o in rows if o[2] is None]
+    files,bad = [np.array([o[0] for o in os], str) for os in (good, [o for o in rows if o[2]])]
     f = np.stack([o[1] for o in good]) if good else np.zeros((0,0), np.float32)
-    np.savez(out, files=np.array([o[0] for o in good], str), features=f, bad=np.array([o[0] for o in rows if o[2]], str))
+    np.savez(out, files=files, bad=bad, features=f)
 
 # %% ../../nbs/train/03a_embed.ipynb #5d4829af
 @torch.inference_mode()
@@ -73,7 +74,9 @@ def embed_folder(
     m,about = load_trained(_saved_in(run), device)
     m,files = m.body if isinstance(m, TaskModel) else m,_image_files(photos)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(n_workers or defaults.cpus) as ex, (_npz if out.suffix=='.npz' else _parquet)(out) as write:
+    to_file = _npz if out.suffix=='.npz' else _parquet
+    with ThreadPoolExecutor(n_workers or defaults.cpus) as ex, to_file(out) as write:
         parts = _read_ahead(about, photos, files, ex, bs)
-        for part in progress_bar(parts, total=-(-len(files)//bs)) if bar else parts: write(_rows(m, about, part, device))
+        if bar: parts = progress_bar(parts, total=-(-len(files)//bs))
+        for part in parts: write(_rows(m, about, part, device))
     return out

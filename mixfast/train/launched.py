@@ -1,4 +1,4 @@
-"""One run by several processes, on one machine or on several: `torchrun --nproc-per-node 4 --no-python mixfast-train photos`
+"""One run by several processes: `torchrun --nproc-per-node 4 --no-python mixfast-train photos`
 
 Docs: https://mixfast.github.io/mixfast/train/launched.html.md"""
 

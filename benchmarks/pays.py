@@ -88,13 +88,13 @@ def search():
 def main_runs():
     "What is compared on the test split: AE where all images are labelled, SimCLR with joint batches where others are at hand"
     for s in SETTINGS:
-        o,shares,kinds = ('ae',(0.25,0.5,1.),[dict(rho=0.5), dict(rho=1.)])
+        o,shares,kinds = 'ae',SHARES['ae'],[dict(rho=0.5), dict(rho=1.)]
         if s[2]: o,shares,kinds = 'simclr',(0.5,1.,1.25),[dict(rho=0.5, mix='joint', sched='ssl', alpha=0.9)]
         if not s[2]: yield Run(*s, o, 'sl') # whatever there is for SSL
         for share in shares: yield Run(*s, o, 'ssl_sl', share)
         for k in kinds: yield Run(*s, o, 'mix', **k)
 
-def runs_of(part): return [r for r in (search() if part=='search' else main_runs()) if r]
+def runs_of(part): return list(search() if part=='search' else main_runs())
 
 @lru_cache(1)
 def images(path, data): return _load(data, path, 32)

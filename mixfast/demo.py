@@ -80,7 +80,7 @@ def demo(
     jobs:int=None, # Processes; default: one a core, on a GPU one
 ): # The table, a `DataFrame` with a row a method
     "Train by all three methods; write `runs.csv` and `demo.png` into `out`. Raises on bad input, before training."
-    MixPlan(epochs, epochs, rho); _check_alpha(0.9 if alpha is None else alpha, None)
+    MixPlan(epochs, epochs, rho); alpha is None or _check_alpha(alpha, None)
     if seeds<1: raise ValueError(f"seeds must be 1 or more, got {seeds}")
     (out := Path(out).expanduser()).mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as tmp:

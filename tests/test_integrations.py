@@ -1,15 +1,15 @@
 "What people use beside fastai: trackers, formats for deployment, the Hugging Face hub; all without a network"
-import json, subprocess, sys, textwrap
+import base64, json, subprocess, sys, textwrap
 import numpy as np, pytest, torch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
-from fastai.callback.wandb import WandbCallback
-from mixfast.all import Segment, mix_dls, mix_learner, embed_folder, save_trained, tar_images, hf_images
-from conftest import TINY, images, same
+from mixfast.all import Segment, mix_dls, mix_learner
+from conftest import images, same
 
 def test_wandb_offline(make, tmp_path, monkeypatch):
     "fastai's own callback, and nothing leaves the machine"
     wandb = pytest.importorskip('wandb')
+    from fastai.callback.wandb import WandbCallback
     plain = lambda v: [plain(o) for o in v] if isinstance(v, list) else v if isinstance(v, (int,float,str,bool,type(None))) else str(v)
     monkeypatch.setattr('fastai.callback.wandb._format_config_value', plain) # fastai's fails on a plain learner too: vars(1)
     monkeypatch.setenv('WANDB_SILENT', 'true')
@@ -69,7 +69,7 @@ def test_onnx(make, tmp_path, kind):
 
 class Hub(BaseHTTPRequestHandler):
     "As much of the Hugging Face hub as an upload and a download want: files of one repository, in memory"
-    files,log = {},[]
+    files = {}
     def log_message(self, *args): pass
     def answer(self, body=b'', code=200, **headers):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -85,7 +85,6 @@ class Hub(BaseHTTPRequestHandler):
             names = [o['path'] for o in json.loads(body)['files']]
             return self.answer(dict(files=[dict(path=o, uploadMode='regular', shouldIgnore=False, oid=None) for o in names]))
         if '/commit/' in self.path:
-            import base64
             for line in map(json.loads, body.splitlines()):
                 if line['key']=='file': self.files[line['value']['path']] = base64.b64decode(line['value']['content'])
             return self.answer(dict(success=True, commitUrl=f'{hub_url(self)}/me/digits/commit/{SHA}', commitOid=SHA, commitMessage='x'))

@@ -1,4 +1,5 @@
 "From a folder of photos to a trained model: what is found, what is chosen, a crash, a config, and what is refused"
+from functools import partial
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from PIL import Image
@@ -211,3 +212,11 @@ def test_no_time_for_trials(photos, tmp_path, capsys):
     job = train_job(JobSettings(str(photos), minutes=0.03, objective='ae', device='cpu'), tmp_path/'run', cache=tmp_path/'cache', bar=False)
     assert 'there is no time for trials' in capsys.readouterr().out
     assert read_config(tmp_path/'run'/'config.json')['used'].rho==0.5 and 'mix' in set(job.learn.mix.history.phase)
+
+def test_without_trials_after_a_crash(photos, tmp_path):
+    "It goes on by the plan that it began with, whatever the clock says now"
+    call = partial(train_job, JobSettings(str(photos), minutes=0.03, objective='ae', device='cpu'), tmp_path/'run', cache=tmp_path/'cache', bar=False, say=lambda _: None)
+    with pytest.raises(RuntimeError, match='no power'): call(cbs=Stop(1))
+    used = read_config(tmp_path/'run'/'config.json')['used']
+    job = call()
+    assert used.rho==0.5 and job.settings==used and len(job.learn.mix.history)==used.e_ssl+used.e_sl-int(0.5*used.e_ssl)

@@ -12,15 +12,14 @@ import os, socket, sys, time
 from contextlib import closing, contextmanager
 from threading import Event, Thread
 
-import torch.distributed as dist
-
 # %% ../../nbs/callback/00a_heartbeat.ipynb #938bd9b2
 _SILENCE = 30 # seconds after which a process is given up
 
 def _address():
-    "The address of this machine towards the first process"
+    "The address of this machine towards the first process; None where there is none of IPv4"
     with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as s:
-        s.connect((os.environ.get('MASTER_ADDR', '127.0.0.1'), 9))
+        try: s.connect((os.environ.get('MASTER_ADDR', '127.0.0.1'), 9))
+        except OSError: return None
         return s.getsockname()[0]
 
 def _note(heard, word, now):
@@ -58,13 +57,12 @@ def _watch(s, rank, peers, names, stop, end=_end, silence=_SILENCE, every=2):
 
 # %% ../../nbs/callback/00a_heartbeat.ipynb #79639469
 @contextmanager
-def _heartbeats(rank, world_size):
-    "In this context processes of several machines watch each other"
+def _heartbeats(rank, everyones):
+    "In this context processes of several machines watch each other; `everyones` gives what each has for an object"
     s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     s.bind(('', 0))
-    mine,all_ = (_address(), s.getsockname()[1]),[None]*world_size
-    dist.all_gather_object(all_, (*mine, socket.gethostname()))
-    peers = {r: (ip,port) for r,(ip,port,_) in enumerate(all_) if ip!=mine[0]}
+    all_ = everyones((_address(), s.getsockname()[1], socket.gethostname()))
+    peers = {r: (ip,port) for r,(ip,port,_) in enumerate(all_) if ip and all_[rank][0] not in (None,ip)}
     names = {r: f'process {r} on {host} ({ip})' for r,(ip,_,host) in enumerate(all_)}
     stop = Event()
     if peers: Thread(target=_watch, args=(s, rank, peers, names, stop), daemon=True).start()

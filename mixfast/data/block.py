@@ -90,7 +90,7 @@ def MixBlock(
     sl_bs:int=None, # Labelled images of a joint batch; default: a quarter of `bs`
 )->TransformBlock:
     "A `TransformBlock` for the images of a `DataBlock` whose loaders have phases. Raises `ValueError` on bad input."
-    mix,lam = _default_mix(mix, lam, ssl),0.5 if lam is None else lam
+    mix,lam = _default_mix(mix, lam, ssl)
     _check_unit(lam=lam)
     _check_mix(mix, sl_bs)
     _check_names(ssl_batch_tfms)

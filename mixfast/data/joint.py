@@ -25,10 +25,10 @@ def _check_mix(mix, sl_bs=None, bs=None):
     if bs is not None and sl_bs>bs: raise ValueError(
         f"sl_bs must be at most the {bs} images for SSL of a batch, got {sl_bs}")
 
-def _is_joint(dls):
-    "Has the mix phase of these loaders joint batches?"
+def _is_joint(dls, mix=None):
+    "Has the mix phase of these loaders joint batches? Or with another `mix`?"
     opts = getattr(dls.train, 'opts', {})
-    return opts.get('mix')=='joint' and opts.get('ssl') is not None
+    return (mix or opts.get('mix'))=='joint' and opts.get('ssl') is not None
 
 # %% ../../nbs/data/03b_joint.ipynb #a810a901
 class Joint(Blend):
@@ -97,8 +97,8 @@ def order(self:JointDL,
 
 # %% ../../nbs/data/03b_joint.ipynb #ba4a2096
 def _default_mix(mix, lam, ssl):
-    "How labelled images and `ssl` go together where nobody says so"
-    return mix or ('joint' if ssl is not None and lam is None else 'blend')
+    "How labelled images and `ssl` go together, and the share of the labelled one in a blend, where nobody says so"
+    return mix or ('joint' if ssl is not None and lam is None else 'blend'), 0.5 if lam is None else lam
 
 def mix_defaults(
     dls, # Loaders of a learner
@@ -108,8 +108,8 @@ def mix_defaults(
     sl_sched:str=None, # As in `fit_mixtraining`
 )->tuple: # `recipe`, `mix`, `alpha`, `sl_sched`
     "What is given of a mix phase, and the default for the rest"
-    opts,paper = getattr(dls.train, 'opts', {}),isinstance(recipe, str) and recipe=='paper'
-    if paper: recipe,mix = None,mix or ('blend' if opts else None)
-    joint = not paper and (mix or opts.get('mix'))=='joint' and opts.get('ssl') is not None
+    paper = isinstance(recipe, str) and recipe=='paper'
+    if paper: recipe,mix = None,mix or ('blend' if hasattr(dls.train, 'opts') else None)
+    joint = not paper and _is_joint(dls, mix)
     alpha,sl_sched = [d if v is None else v for v,d in zip((alpha,sl_sched), (0.9,'ssl') if joint else (0.5,'shared'))]
     return recipe,mix,alpha,sl_sched

@@ -252,7 +252,7 @@ def mix_dls(
     path='.', # Where a learner saves
 )->MixDataLoaders:
     "Loaders for all phases from arrays. Raises `ValueError` or `TypeError` on bad input."
-    mix,lam = _default_mix(mix, lam, ssl),0.5 if lam is None else lam
+    mix,lam = _default_mix(mix, lam, ssl)
     _check_unit(lam=lam)
     if not isinstance(bs, Integral) or bs<1: raise ValueError(f"bs must be a whole number of images, got {bs!r}")
     _check_mix(mix, sl_bs, bs)

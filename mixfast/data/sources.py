@@ -16,13 +16,12 @@ from PIL import Image
 
 from ..checks import _import_extra
 from .cache import _as_size, _fit_image
-from .datasets import ImageData, _split, _take
+from .datasets import ImageData, _numbers, _split, _take
 
 # %% ../../nbs/data/07b_sources.ipynb #b5673ae8
 def _fitted(im, size, mode):
     "An image of Pillow, uint8 [H,W,C]"
-    x = _fit_image(im, size, mode)
-    return x if x.ndim==3 else x[...,None]
+    return _fit_image(im, size, mode).reshape(*size, -1)
 
 def stack_images(
     images, # Of Pillow, any iterable: a list, a column of a data set, a generator
@@ -81,10 +80,9 @@ def _as_data(x, y, valid, names, valid_pct, seed):
         (x,y),valid = (_take(x, np.flatnonzero(~i)), y[~i]),[(_take(x, np.flatnonzero(i)), y[i])]
     (xv,yv), = valid
     if names: return ImageData((x,y), (xv,yv), list(names)) # labels are their numbers
-    vocab = np.unique(y)
-    if beyond := sorted(set(yv)-set(vocab)):
-        raise ValueError(f"validation has labels that training has not: {beyond[:5]}")
-    return ImageData((x,np.searchsorted(vocab, y)), (xv,np.searchsorted(vocab, yv)), [str(o) for o in vocab])
+    vocab = np.unique(y).tolist()
+    def numbers(y): return _numbers([f'image {i} to validate on' for i in range(len(y))], y.tolist(), vocab)
+    return ImageData((x,numbers(y)), (xv,numbers(yv)), [str(o) for o in vocab])
 
 # %% ../../nbs/data/07b_sources.ipynb #a6d0b4e5
 def _samples(tars, size, mode, label):

@@ -20,7 +20,7 @@ from ..checks import _check_whole, _import_extra
 from ..data.mix import _check_device
 from ..objective.features import features
 from ..task.multi import TaskModel
-from .predict import _normalised, _read_ahead, _saved_in
+from .predict import _made, _normalised, _read_ahead, _saved_in
 from .saved import load_trained
 from .scan import _image_files
 
@@ -50,12 +50,6 @@ def _mean_features(m, about, xs, device):
     "The mean feature of images uint8 [H,W,C], float32 [B,D]"
     return features(m, _normalised(xs, about, device)).tokens().mean(1).float().cpu().numpy()
 
-def _rows(m, about, part, device):
-    "File, vector and error of each image of a batch"
-    good = [x for _,x,e in part if e is None]
-    fs = iter(_mean_features(m, about, good, device) if good else ())
-    return [(f, None if e else next(fs), e) for f,_,e in part]
-
 # %% ../../nbs/train/03a_embed.ipynb #cc3e25ca
 def embed_folder(
     run, # Folder of a run, or of `save_trained`
@@ -78,5 +72,5 @@ def embed_folder(
     with ThreadPoolExecutor(n_workers or defaults.cpus) as ex, to_file(out) as write:
         parts = _read_ahead(about, photos, files, ex, bs)
         if bar: parts = progress_bar(parts, total=-(-len(files)//bs))
-        for part in parts: write(_rows(m, about, part, device))
+        for part in parts: write(_made(part, lambda xs: _mean_features(m, about, xs, device)))
     return out

@@ -53,23 +53,25 @@ def _classes(m, about, xs, device):
 
 def _read(f, about):
     "An image file as the model knows images, uint8 [H,W,C]"
-    x = _decode_image(f, tuple(about['size']), about['mode'])
-    return x if x.ndim==3 else x[...,None]
+    return _decode_image(f, tuple(about['size']), about['mode']).reshape(*about['size'], -1)
 
 def _read_ahead(about, photos, files, ex, bs):
     "Lists of `bs` times a file, its image or None, and None or an error"
     return _ahead(ex, lambda f: (f, *_or_error(_read, photos/f, about)), files, bs)
+
+def _made(part, f):
+    "The same with what `f`, a function of all images that could be read, makes of each in place of the image"
+    good = [x for _,x,e in part if e is None]
+    res = iter(f(good) if good else ())
+    return [(file, next(res) if e is None else None, e) for file,_,e in part]
 
 # %% ../../nbs/train/03_predict.ipynb #a72a0660
 def _rows(m, about, photos, files, ex, bs, device):
     "A row for each file: class, its probability, error, and the probability of each class"
     vocab = about['vocab']
     for part in _read_ahead(about, photos, files, ex, bs):
-        good = [x for _,x,e in part if e is None]
-        ps = iter(_classes(m, about, good, device) if good else ())
-        for f,_,e in part:
+        for f,p,e in _made(part, lambda xs: _classes(m, about, xs, device)):
             if e is not None: yield [f, '', '', e, *['']*len(vocab)]; continue
-            p = next(ps)
             yield [f, vocab[p.argmax()], f'{p.max():.4f}', '', *[f'{o:.4f}' for o in p]]
 
 # %% ../../nbs/train/03_predict.ipynb #67947567

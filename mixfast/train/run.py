@@ -116,15 +116,15 @@ def _fit(job, chosen, *, checkpoint, resume, **kwargs):
         return learn.mix.chosen
     return chosen
 
-def _trained(job, chosen, out, resume, cbs, say):
+def _trained(job, chosen, out, resume, cbs, note):
     "The job, trained, with the settings that it has been trained by; and what was chosen"
     fit,learn = partial(_fit, checkpoint=out/'fit', resume=resume, recipe=_rates(job), cbs=cbs),job.learn
     learn.remove_cbs(learn.cbs.filter(lambda cb: isinstance(cb, ProgressCallback)))
     with learn.no_logging(), together(learn):
         try: return job, fit(job, chosen)
-        except TooShort: job = job._replace(settings=_without_trials(job))
-        say(f"there is no time for trials: {MixPlan(*[getattr(job.settings, k) for k in ('e_ssl','e_sl','rho')])}")
-        return job, fit(job, None)
+        except TooShort: s = _without_trials(job)
+        note(s, f"there is no time for trials: {MixPlan(s.e_ssl, s.e_sl, s.rho)}")
+        return job._replace(settings=s), fit(job._replace(settings=s), None)
 
 # %% ../../nbs/train/05_run.ipynb #f38a1df3
 def train_job(
@@ -146,6 +146,7 @@ def train_job(
     if rank: say = noop
     else: _open(out, given, job, chosen, resume)
     for line in describe_job(job): say(line)
-    job,chosen = _trained(job, chosen, out, resume, [*([FitBar()] if bar and rank==0 else []), *L(cbs)], say)
+    def note(s, line): _note(out, given, s); say(line) # before it is trained, to go on by the same
+    job,chosen = _trained(job, chosen, out, resume, [*([FitBar()] if bar and rank==0 else []), *L(cbs)], note)
     if rank==0: _close(out, given, job, chosen)
     return job

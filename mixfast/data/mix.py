@@ -28,6 +28,7 @@ from .joint import _check_mix, _default_mix
 import mixfast.data.derive # the loaders of all phases
 from .loader import MixDL, SeededDL, _seeded
 from .store import ImageStore, as_images, image_stats
+from .tars import TarImages
 from .views import ViewTfms, view_sets, view_tfms
 
 _all_ = ['blend', 'Blend', 'BlendDL'] # of `blend`, for those who import from here
@@ -222,8 +223,8 @@ def _local_device()->torch.device:
 
 # %% ../../nbs/data/05_mix.ipynb #a6d9d649
 def _fits(stores, device)->bool:
-    "Do the images take at most a quarter of the free memory of a CUDA device?"
-    if torch.device(device).type!='cuda': return False
+    "Do the images take at most a quarter of the free memory of a CUDA device? Those in tars do not."
+    if torch.device(device).type!='cuda' or any(isinstance(o._all, TarImages) for o in stores): return False
     return sum(len(o)*math.prod(o.shape) for o in stores) <= torch.cuda.mem_get_info(device)[0]/4
 
 def _place(stores, device, on_device):
@@ -233,7 +234,7 @@ def _place(stores, device, on_device):
 
 # %% ../../nbs/data/05_mix.ipynb #149e84cf
 def mix_dls(
-    sl=None, # Labelled training data: (images uint8 [N,H,W,C] or [N,H,W], targets as in `ImageStore`). None: none
+    sl=None, # Labelled training data: (images uint8 [N,H,W,C] or [N,H,W] or `TarImages`, targets as in `ImageStore`)
     valid=None, # Labelled validation data, likewise
     ssl=None, # Images for SSL, uint8 [N,H,W,C] of any size. None: those of `sl`, and mix batches are SL batches
     lam:float=None, # Share of the labelled image in a blend of `sl` and `ssl`, in [0,1]; default: 0.5

@@ -7,18 +7,17 @@ Docs: https://mixfast.github.io/mixfast/data/sources.html.md"""
 # %% auto #0
 __all__ = ['stack_images', 'hf_images', 'tar_images']
 
-# %% ../../nbs/data/07b_sources.ipynb #a161704a
-import io
+# %% ../../nbs/data/07b_sources.ipynb #4c8768e1
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..checks import _import_extra
 from .cache import _as_size, _fit_image
 from .datasets import ImageData, _numbers, _split, _take
+from .tars import _open_tars
 
-# %% ../../nbs/data/07b_sources.ipynb #b5673ae8
+# %% ../../nbs/data/07b_sources.ipynb #a1c1396c
 def _fitted(im, size, mode):
     "An image of Pillow, uint8 [H,W,C]"
     return _fit_image(im, size, mode).reshape(*size, -1)
@@ -36,7 +35,7 @@ def stack_images(
     if not xs: raise ValueError("there are no images")
     return np.stack(xs)
 
-# %% ../../nbs/data/07b_sources.ipynb #36605c39
+# %% ../../nbs/data/07b_sources.ipynb #e979e546
 def _valid_split(ds):
     "The name of the split to validate on, or None"
     return next((o for o in ('validation','valid','test') if o in ds), None)
@@ -51,7 +50,7 @@ def _columns(ds, image, label):
 
 def _pixels_labels(ds, image, label, size, mode): return stack_images(ds[image], size, mode),np.array(ds[label])
 
-# %% ../../nbs/data/07b_sources.ipynb #4e40dfce
+# %% ../../nbs/data/07b_sources.ipynb #1c288436
 def hf_images(
     source, # A `Dataset`, a `DatasetDict` with a split 'train', or the folder of its `save_to_disk`
     size=64, # Height and width, pixels; or one number for both
@@ -72,7 +71,7 @@ def hf_images(
     kind = parts[0].features[label]
     return _as_data(x, y, valid, getattr(kind, 'names', None), valid_pct, seed)
 
-# %% ../../nbs/data/07b_sources.ipynb #8f1432d1
+# %% ../../nbs/data/07b_sources.ipynb #1b23e267
 def _as_data(x, y, valid, names, valid_pct, seed):
     "Images and labels as `ImageData`; `valid`: a list, of a pair or empty. Raises `ValueError` on other labels."
     if not valid:
@@ -84,37 +83,23 @@ def _as_data(x, y, valid, names, valid_pct, seed):
     def numbers(y): return _numbers([f'image {i} to validate on' for i in range(len(y))], y.tolist(), vocab)
     return ImageData((x,numbers(y)), (xv,numbers(yv)), [str(o) for o in vocab])
 
-# %% ../../nbs/data/07b_sources.ipynb #a6d0b4e5
-def _samples(tars, size, mode, label):
-    "Image and label of each sample"
-    for s in _import_extra('webdataset', 'data').WebDataset(tars, shardshuffle=False, empty_check=False):
-        keys = [k for k in s if k.lower() in ('jpg','jpeg','png','webp','bmp')]
-        if len(keys)!=1: raise ValueError(f"sample {s['__key__']} has {len(keys)} images: one is expected")
-        if label and label not in s: raise ValueError(f"sample {s['__key__']} has no .{label}: it has {_endings(s)}")
-        try:
-            with Image.open(io.BytesIO(s[keys[0]])) as im: x = _fitted(im, size, mode)
-        except (OSError, ValueError) as e: raise ValueError(f"{s['__key__']}.{keys[0]} cannot be read: {e}") from e
-        yield x, s[label].decode().strip() if label else None
-
-def _endings(s): return [k for k in s if not k.startswith('__')]
-
-# %% ../../nbs/data/07b_sources.ipynb #f588762a
+# %% ../../nbs/data/07b_sources.ipynb #1a22bb84
 def tar_images(
-    tars, # Path of a tar, several, or webdataset's 'train-{000..009}.tar'
+    tars, # Path or address of a tar, several, or webdataset's 'train-{000..009}.tar'
     valid=None, # The same, to validate on; None: a share of each class is held out
     size=64, # Height and width, pixels; or one number for both
     label:str='cls', # Ending of the files with labels; None: there are none
     mode:str='RGB', # Pillow's: 'RGB' or 'L'
     valid_pct:float=0.2, # Share of each class to validate on, if there is no `valid`
     seed:int=42, # Of the split
-): # An `ImageData`; without labels the images, uint8 [N,H,W,C]
-    "Images of webdataset's tar files, read from front to back. Raises `ValueError` that names a sample that is none."
-    parts = [_tar_arrays(o, _as_size(size), mode, label) for o in (tars, valid) if o is not None]
-    if not label: return parts[0][0]
-    (x,y),*rest = parts
-    return _as_data(x, y, rest, None, valid_pct, seed)
-
-def _tar_arrays(tars, size, mode, label):
-    tars = [str(o) for o in tars] if isinstance(tars, (list,tuple)) else str(tars)
-    xs,ys = zip(*_samples(tars, size, mode, label))
-    return np.stack(xs),np.array(ys)
+    stream:bool=False, # Leave the images in the tars, and read each when its turn comes?
+    cache=None, # Folder for where images are in tars; default: mixfast in the user's cache folder
+    bar:bool=True, # Show a progress bar?
+): # An `ImageData`; without labels the images, uint8 [N,H,W,C]. With `stream` those are `TarImages`
+    "Images of webdataset's tar files. Raises `ValueError` on a sample or tar that is none, `RuntimeError` on an image."
+    (x,y),*rest = [_open_tars(o, label, size, mode, cache, bar) for o in (tars, valid) if o is not None]
+    def images(x, i): return x.take(i) if stream else x[i].numpy()
+    if not label: return images(x, np.arange(len(x)))
+    d = _as_data(np.arange(len(y)), y, [(np.arange(len(yv)), yv) for _,yv in rest], None, valid_pct, seed)
+    xv = rest[0][0] if rest else x
+    return ImageData(*[(images(o, i), n) for o,(i,n) in zip((x,xv), d[:2])], d.vocab)

@@ -20,6 +20,7 @@ from fastcore.foundation import L
 from torchvision.transforms.v2 import functional as TF
 
 from .cache import _decode_image, _fit_image
+from .tars import TarImages
 from .targets import Target
 
 # %% ../../nbs/data/02_store.ipynb #f3399ea0
@@ -33,10 +34,11 @@ def _as_tensor(x, name):
 
 # %% ../../nbs/data/02_store.ipynb #553d6d99
 def _check_images(
-    x, # Images, uint8 [N,H,W,C] or [N,H,W]; array, tensor or list
+    x, # Images, uint8 [N,H,W,C] or [N,H,W]; array, tensor or list; or `TarImages`
     name:str='x', # What to call them in an error
 )->torch.Tensor: # uint8 [N,H,W,C], sharing the memory of `x` where it can
     "Images as the store keeps them. Raises `ValueError` or `TypeError` if they are something else."
+    if isinstance(x, TarImages): return x
     x = _as_tensor(x, name)
     if x.dtype!=torch.uint8: raise TypeError(f"{name} must be uint8 images with values 0 to 255, got {x.dtype}. "
         "If they are floats in [0,1]: (x*255).round().astype('uint8')")
@@ -48,10 +50,10 @@ def _check_images(
 
 # %% ../../nbs/data/02_store.ipynb #f15a4a2d
 class ImageStore:
-    "Images uint8 [N,H,W,C] in memory, or mapped into it, perhaps with labels; a batch is one indexing"
+    "Images uint8 [N,H,W,C] in memory, mapped into it or in tars, perhaps with labels; a batch is one indexing"
     n_inp,split_idx = 1,None
     def __init__(self,
-        x, # Images, uint8 [N,H,W,C] or [N,H,W]; or a store of them
+        x, # Images, uint8 [N,H,W,C] or [N,H,W]; `TarImages`; or a store of them
         y=None, # What `Target` takes; a dict of it by name, if there are several; None: unlabelled
         vocab=(), # Class names; of several targets a dict
         name:str='x', # What to call them in an error
@@ -132,7 +134,7 @@ def shape(self:ImageStore)->tuple:
 @patch(as_prop=True)
 def items(self:ImageStore)->list:
     "What `test_dl` takes: arrays [H,W,C], with their targets if there are any"
-    x = self.x.cpu().numpy()
+    x = self.x[:].cpu().numpy()
     if not self.labelled: return list(x)
     return list(zip(x, *[t.y.tolist() if t.y.ndim<2 else t.y.cpu().numpy() for t in self.targets.values()]))
 
@@ -150,7 +152,8 @@ def decode(self:ImageStore,
 def to(self:ImageStore,
     device, # torch's, or its name
 )->ImageStore:
-    "Move the store to `device`: its batches are made there"
+    "Move the store to `device`: its batches are made there. Raises `ValueError` where it has no images to move."
+    if isinstance(self._all, TarImages): raise ValueError("images in tars stay there: leave on_device at None")
     self._all,self._rows = self.x.to(device),None
     for t in self.targets.values(): t.y = t.y.to(device)
     return self
@@ -226,6 +229,7 @@ def like(self:ImageStore,
 )->ImageStore:
     "Resize the images, cut to the aspect ratio, and make them grey or RGB. Raises `ValueError` if they cannot be."
     if self.shape==tuple(shape): return self
+    if isinstance(self._all, TarImages): self._all,self.chans = self._all.like(shape),shape[2]; return self
     x,(h,w,c) = self.x,shape
     if x.shape[3]!=c and (x.shape[3]==2 or c not in (1,3)):
         raise ValueError(f"images of {x.shape[3]} channels cannot be made images of {c}: convert them first")
@@ -256,8 +260,9 @@ def as_images(
 def image_stats(
     x, # Images, uint8 [N,H,W,C], or a store of them
 )->tuple: # Mean and standard deviation of each channel, for values in [0,1]
-    "Mean and standard deviation by channel, without ever holding a float copy of the images"
+    "Mean and standard deviation by channel, without ever holding a float copy; of images in tars, by 4,096 of them"
     x,s = x if isinstance(x, ImageStore) else ImageStore(x),0
+    if isinstance(x._all, TarImages): x = x.take(np.unique(np.linspace(0, len(x)-1, 4096).round()))
     for i in torch.arange(len(x)).split(max(2**18//math.prod(x.shape), 1)):
         o = x.take(i).x.flatten(0,2).double()
         s = s + torch.stack([o.sum(0), (o*o).sum(0)])

@@ -118,7 +118,10 @@ class TarImages:
         return res
 
     def __getitem__(self, rows): return self.index_select(0, torch.arange(len(self))[rows])
-    def new_empty(self, shape, device='cpu'):
+    def new_empty(self,
+        shape:tuple, # Of the array
+        device='cpu', # torch's, or its name
+    )->torch.Tensor:
         "An array in memory of the same kind"
         return torch.empty(shape, dtype=self.dtype, device=device)
 

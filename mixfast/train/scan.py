@@ -10,11 +10,12 @@ __all__ = ['scan']
 # %% ../../nbs/train/00_scan.ipynb #dafa7610
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np, pandas as pd
 from fastai.data.transforms import get_files
-from fastcore.basics import defaults
+from fastcore.basics import chunked, defaults
 from PIL import Image
 
 # %% ../../nbs/train/00_scan.ipynb #390420fe
@@ -36,9 +37,9 @@ def _none_found(path):
 def _image_files(path, without=()):
     "Images in a folder and its subfolders, as paths relative to it, sorted. Raises `ValueError` if there are none."
     if not (path := Path(path)).is_dir(): raise ValueError(f"{path} is no folder")
-    without = [Path(o).resolve() for o in without]
-    files = [Path(f) for f in get_files(path, extensions=_endings())]
-    if without: files = [f for f in files if not any(o in f.resolve().parents for o in without)]
+    without = {Path(o).resolve() for o in without}
+    inside = lru_cache(None)(lambda d: not without.isdisjoint(((d := d.resolve()), *d.parents)))
+    files = [f for f in get_files(path, extensions=_endings()) if not inside(f.parent)]
     if not files: raise _none_found(path)
     return sorted(f.relative_to(path).as_posix() for f in files)
 
@@ -146,6 +147,7 @@ def scan(
     if labels is not None: found['label'],found['group'] = _table_labels(files, labels, group)
     elif masks is not None: found['mask'] = _mask_files(files, masks)
     else: found['label'],found['split'] = _folder_labels(files, _is_split(path))
-    with ThreadPoolExecutor(n_workers or defaults.cpus) as ex: heads = list(ex.map(_head, [path/f for f in files]))
+    with ThreadPoolExecutor(n_workers or defaults.cpus) as ex:
+        heads = [o for part in ex.map(lambda fs: [_head(path/f) for f in fs], chunked(files, 256)) for o in part]
     heads = dict(zip(('width','height','mode','error'), map(list, zip(*heads))))
     return pd.DataFrame(found | heads, dtype=object)

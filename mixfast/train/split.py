@@ -32,7 +32,8 @@ def _whitened(
 )->np.ndarray: # float32 [N,size*size]
     "Grey thumbnails with mean 0 and norm 1; 0 where there is no contrast"
     def small(o):
-        return TF.resize(TF.rgb_to_grayscale(o) if o.shape[1]==3 else o[:,:1], [size,size], antialias=True)
+        o = TF.resize(o, [size,size], antialias=True)
+        return TF.rgb_to_grayscale(o) if o.shape[1]==3 else o[:,:1]
     v = np.concatenate([small(o).flatten(1).numpy() for o in _batches(x)]).astype(np.float32)
     v -= v.mean(1, keepdims=True)
     norm = np.linalg.norm(v, axis=1, keepdims=True)
@@ -81,6 +82,15 @@ def _check_classes(labels):
     if few: raise ValueError(f"{', '.join(few[:5])}{' ...'*(len(few)>5)}: {_LEAST} labelled images of each class are "
                              "needed to train on some and to validate on others; label more, or leave such classes out")
 
+def _bundled(labels, groups, rng, n=100):
+    "The groups, where images of a large class that are alone are put together: some `n` of a class are enough to choose"
+    _,groups,size = np.unique(groups, return_inverse=True, return_counts=True)
+    alone = size[groups]==1
+    for c in np.unique(labels):
+        i = rng.permutation(np.flatnonzero((labels==c) & alone))
+        if (each := len(i)//n)>1: groups[i] = groups.max()+1 + np.arange(len(i))//each
+    return groups
+
 def split_groups(
     labels, # A class for each image; all the same, if there are none
     groups, # A group for each, see `joined_groups`
@@ -90,10 +100,11 @@ def split_groups(
     "Hold out whole groups, about the same share of each class. Raises `ValueError` if some class is on one side only."
     if not (isinstance(valid_pct, Real) and 0<valid_pct<=0.5):
         raise ValueError(f"valid_pct must lie between 0 and 0.5, got {valid_pct!r}")
-    labels,groups = np.asarray(labels).astype(str),np.asarray(groups)
+    labels = np.asarray(labels).astype(str)
+    groups = _bundled(labels, np.asarray(groups), np.random.default_rng(_check_seed(seed)))
     n,most = round(1/valid_pct),len(np.unique(groups))
     if most<2: raise ValueError("all labelled images belong to one group: there is nothing to split")
-    folds = StratifiedGroupKFold(min(n, most), shuffle=True, random_state=_check_seed(seed))
+    folds = StratifiedGroupKFold(min(n, most), shuffle=True, random_state=seed)
     held = np.zeros(len(labels), bool)
     for _,i in folds.split(labels, labels, groups):
         held[:] = False; held[i] = True

@@ -29,6 +29,7 @@ from .task.multi import *
 from .data.augment import *
 from .data.views import *
 from .data.cache import *
+from .data.tars import *
 from .data.targets import *
 from .data.store import *
 from .data.shard import *

@@ -76,7 +76,7 @@ def demo(
     rho:float=0.5, # Mix-ratio in [0,1]
     alpha:float=None, # Weight of the SSL loss in the mix phase, in [0,1]; default: 0.9
     seeds:int=2, # Runs a method
-    out='mixfast-demo', # Folder for the results
+    out:str|Path='mixfast-demo', # Folder for the results
     jobs:int=None, # Processes; default: one a core, on a GPU one
 ): # The table, a `DataFrame` with a row a method
     "Train by all three methods; write `runs.csv` and `demo.png` into `out`. Raises on bad input, before training."

@@ -9,9 +9,11 @@ __all__ = ['mix_learner']
 
 # %% ../nbs/04_learner.ipynb #a8864a46
 import warnings
+from collections.abc import Callable
 from functools import partial
 from itertools import count
 from numbers import Integral
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -236,12 +238,12 @@ def mix_learner(
     task=None, # A `Task`, or a dict of them by name; default: what goes with the targets, see `default_tasks`
     task_weights=None, # Of several tasks' losses: numbers by name, or 'learned'
     loss_func=None, # Default: that of the data, or cross-entropy
-    opt_func=fused_adamw, # Optimizer
-    splitter=trainable_params, # Parameter groups of the backbone
+    opt_func:Callable=fused_adamw, # Optimizer
+    splitter:Callable=trainable_params, # Parameter groups of the backbone
     metrics=None, # As in fastai's `Learner`; of several tasks a dict by name. Default: what the tasks are measured by
     cbs=None, # As in fastai's `Learner`
     path=None, # Where to save
-    model_dir='models', # Folder of `path` for weights
+    model_dir:str|Path='models', # Folder of `path` for weights
     wd_bn_bias:bool=False, # Decay norms, biases and embeddings too
     **kwargs # For `timm.create_model`: `pretrained`, `embed_dim`, `depth`, `drop_path_rate`, ...
 )->Learner:

@@ -71,6 +71,10 @@ def test_modules_are_short_and_narrow():
         assert len(lines) <= 300, f'{p.name} is two modules'
         assert not [o for o in lines if len(o) > 120 and not o.startswith('__all__')], p.name
 
+def test_types_of_public_names():
+    pytest.importorskip('basedpyright')
+    run(Path(sys.executable).parent/'basedpyright', '--pythonpath', sys.executable)
+
 def public():
     "Functions, classes and methods that users may call, and what is patched into fastai's learner"
     found = [('Learner', Learner)]

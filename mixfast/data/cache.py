@@ -177,7 +177,7 @@ def _check_files(files, size, mode)->tuple:
 # %% ../../nbs/data/01_cache.ipynb #88301380
 def load_files(
     files, # Paths of images
-    size=64, # Height and width, pixels; or one number for both
+    size:int|tuple=64, # Height and width, pixels; or one number for both
     mode:str='RGB', # Pillow's: 'RGB', 'L' (grey) or 'P' (masks of class numbers)
     skip_bad:bool=False, # Leave out, with a warning, files that cannot be read, rather than raise
     cache=None, # Folder for caches; default: mixfast in the user's cache folder. It may be deleted at any time

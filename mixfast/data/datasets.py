@@ -209,7 +209,7 @@ def _split(labels, valid_pct, seed):
 # %% ../../nbs/data/07_datasets.ipynb #70cfd836
 def image_folder(
     path, # Folder with a subfolder for each class, perhaps within train/ and valid/ (or val/ or test/)
-    size=64, # Height and width, pixels; or one number for both
+    size:int|tuple=64, # Height and width, pixels; or one number for both
     valid_pct:float=0.2, # Share of each class to validate on, if there is no folder for that
     seed:int=42, # Of the split
     **kwargs # For `load_files`: `mode`, `skip_bad`, `cache`, ...
@@ -266,11 +266,11 @@ def imagenette(
 # %% ../../nbs/data/07_datasets.ipynb #06c39771
 def image_df(
     df:pd.DataFrame, # A row an image
-    path='.', # What the file names are relative to
-    fn_col=0, # Column of the file names: its name or number
-    label_col=1, # Column of the labels
+    path:str|Path='.', # What the file names are relative to
+    fn_col:int|str=0, # Column of the file names: its name or number
+    label_col:int|str=1, # Column of the labels
     valid_col=None, # Column of booleans: to validate on? Default: at random
-    size=64, # Height and width, pixels; or one number for both
+    size:int|tuple=64, # Height and width, pixels; or one number for both
     valid_pct:float=0.2, # Share of each class to validate on, without `valid_col`
     seed:int=42, # Of the split
     **kwargs # For `load_files`: `mode`, `skip_bad`, `cache`, ...

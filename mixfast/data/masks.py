@@ -29,7 +29,7 @@ def _check_sizes(images, masks):
 def load_masks(
     images:list, # Paths
     masks:list, # Paths of as many masks, in the same order
-    size=64, # Height and width, pixels; or one number for both
+    size:int|tuple=64, # Height and width, pixels; or one number for both
     skip_bad:bool=False, # Leave out, with a warning, what cannot be read, rather than raise
     **kwargs # For `load_files`: `cache`, `n_workers`, `bar`
 )->tuple: # Images uint8 [n,H,W,3]; masks uint8 [n,H,W]; their places in `images`, int64 [n]
@@ -59,7 +59,7 @@ def mask_folder(
     masks:str='masks', # Folder of the masks
     label=lambda f: f'{f.stem}.png', # Function of the path of an image: the file name of its mask
     vocab=None, # Names of the classes; default: the numbers
-    size=64, # Height and width, pixels; or one number for both
+    size:int|tuple=64, # Height and width, pixels; or one number for both
     valid_pct:float=0.2, # Share to validate on
     seed:int=42, # Of the split
     **kwargs # For `load_masks`
@@ -84,7 +84,7 @@ def _pets_split(root, name):
 
 def oxford_pets(
     path, # Folder oxford-iiit-pet, or the one it is in
-    size=128, # Height and width, pixels
+    size:int|tuple=128, # Height and width, pixels
     targets:str='mask', # 'mask', 'breed', or 'both' by name
     **kwargs # For `load_masks`
 )->ImageData: # 3,680 and 3,669 images [size,size,3]
@@ -113,7 +113,7 @@ def _breeds(names, numbers):
 # %% ../../nbs/data/07a_masks.ipynb #8c91589b
 def camvid(
     path, # Folder camvid, or the one it is in: images/, labels/, codes.txt, valid.txt
-    size=(90,120), # Height and width, pixels; or one number for both
+    size:int|tuple=(90,120), # Height and width, pixels; or one number for both
     **kwargs # For `load_masks`
 )->ImageData: # 600 and 101 images [*size,3]
     "CamVid as in fastai's `URLs.CAMVID`. Raises `FileNotFoundError` or `ValueError` if files are missing or damaged."

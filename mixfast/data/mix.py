@@ -12,6 +12,7 @@ import math, os
 from contextlib import contextmanager
 from copy import copy
 from numbers import Integral
+from pathlib import Path
 
 import numpy as np, torch
 from fastcore.basics import patch
@@ -250,7 +251,7 @@ def mix_dls(
     device=None, # Where batches go; default: fastai's
     on_device:bool=None, # Keep the images there too? Default: if they take at most a quarter of what is free on CUDA
     seed:int=None, # Of orders, partners and augmentations; default: drawn from torch's generator
-    path='.', # Where a learner saves
+    path:str|Path='.', # Where a learner saves
 )->MixDataLoaders:
     "Loaders for all phases from arrays. Raises `ValueError` or `TypeError` on bad input."
     mix,lam = _default_mix(mix, lam, ssl)

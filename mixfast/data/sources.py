@@ -24,7 +24,7 @@ def _fitted(im, size, mode):
 
 def stack_images(
     images, # Of Pillow, any iterable: a list, a column of a data set, a generator
-    size=64, # Height and width, pixels; or one number for both
+    size:int|tuple=64, # Height and width, pixels; or one number for both
     mode:str='RGB', # Pillow's: 'RGB' or 'L'
 )->np.ndarray: # uint8 [N,H,W,C]
     "Images as `mix_dls` takes them, each read when its turn comes. Raises `ValueError` that names one that is none."
@@ -53,7 +53,7 @@ def _pixels_labels(ds, image, label, size, mode): return stack_images(ds[image],
 # %% ../../nbs/data/07b_sources.ipynb #1c288436
 def hf_images(
     source, # A `Dataset`, a `DatasetDict` with a split 'train', or the folder of its `save_to_disk`
-    size=64, # Height and width, pixels; or one number for both
+    size:int|tuple=64, # Height and width, pixels; or one number for both
     image:str='image', # Column of the images
     label:str='label', # Column of the labels: a `ClassLabel`, numbers or strings
     mode:str='RGB', # Pillow's: 'RGB' or 'L'
@@ -87,8 +87,8 @@ def _as_data(x, y, valid, names, valid_pct, seed):
 def tar_images(
     tars, # Path or address of a tar, several, or webdataset's 'train-{000..009}.tar'
     valid=None, # The same, to validate on; None: a share of each class is held out
-    size=64, # Height and width, pixels; or one number for both
-    label:str='cls', # Ending of the files with labels; None: there are none
+    size:int|tuple=64, # Height and width, pixels; or one number for both
+    label:str|None='cls', # Ending of the files with labels; None: there are none
     mode:str='RGB', # Pillow's: 'RGB' or 'L'
     valid_pct:float=0.2, # Share of each class to validate on, if there is no `valid`
     seed:int=42, # Of the split

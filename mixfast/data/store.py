@@ -55,7 +55,7 @@ class ImageStore:
     def __init__(self,
         x, # Images, uint8 [N,H,W,C] or [N,H,W]; `TarImages`; or a store of them
         y=None, # What `Target` takes; a dict of it by name, if there are several; None: unlabelled
-        vocab=(), # Class names; of several targets a dict
+        vocab:list|tuple|dict=(), # Class names; of several targets a dict
         name:str='x', # What to call them in an error
     ):
         if isinstance(x, ImageStore): self._all,self._rows,self.chans = x._all,x._rows,x.chans

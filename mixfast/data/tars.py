@@ -84,7 +84,7 @@ class TarImages:
         fs, # File system of fsspec
         tars:list, # Paths there
         parts:list, # For each, what `_index_tar` found
-        size=64, # Height and width, pixels; or one number for both
+        size:int|tuple=64, # Height and width, pixels; or one number for both
         mode:str='RGB', # Pillow's: 'RGB' or 'L'
     ):
         if mode not in ('RGB','L'): raise ValueError(f"mode must be 'RGB' or 'L', got {mode!r}")
@@ -156,7 +156,7 @@ def index_select(self:TarImages,
 def _open_tars(
     tars, # Path or address of a tar, several, or webdataset's 'train-{000..009}.tar'
     label:str=None, # Ending of the files with labels; None: there are none
-    size=64, # Height and width, pixels; or one number for both
+    size:int|tuple=64, # Height and width, pixels; or one number for both
     mode:str='RGB', # Pillow's: 'RGB' or 'L'
     cache=None, # Folder for what is looked up once; default: mixfast in the user's cache folder
     bar:bool=True, # Show a progress bar?

@@ -95,8 +95,8 @@ def _phase_lr_find(learn, phase, recipe, num_it, stop_div=True, **kwargs):
 # %% ../../nbs/insight/06_lr_find.ipynb #727151ec
 @patch
 def lr_find(self:Learner,
-    start_lr=1e-7, # The first learning rate, of a step
-    end_lr=10, # The last one
+    start_lr:float=1e-7, # The first learning rate, of a step
+    end_lr:float=10, # The last one
     num_it:int=100, # Steps
     stop_div:bool=True, # Stop when the loss diverges
     show_plot:bool=True, # Draw it

@@ -157,7 +157,7 @@ def _said(rec):
 def reproduce(
     exps, # `Diminishing`s
     path, # Folder with the data sets
-    out='runs', # Folder for the records
+    out:str|Path='runs', # Folder for the records
     seeds:int=3, # Runs a setting
     scale:str='paper', # A key of `SCALES`
     bf16:bool=True, # Train in bfloat16 autocast

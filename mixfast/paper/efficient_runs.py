@@ -10,6 +10,7 @@ __all__ = ['run_efficient', 'estimate', 'reproduce']
 # %% ../../nbs/paper/07_efficient_runs.ipynb #54bf7500
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np, torch
 from fastai.torch_core import set_seed
@@ -124,7 +125,7 @@ def _said(rec):
 def reproduce(
     exps, # `EfficientSSL`s
     path, # Folder with the data sets
-    out='runs', # Folder for the records
+    out:str|Path='runs', # Folder for the records
     seeds:int=4, # Runs a setting
     scale:str='paper', # A key of `SCALES`
     bf16:bool=True, # Train in bfloat16 autocast

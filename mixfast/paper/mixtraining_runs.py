@@ -10,6 +10,7 @@ __all__ = ['run_experiment', 'estimate', 'reproduce']
 # %% ../../nbs/paper/03_mixtraining_runs.ipynb #6b18c1d2
 import math, time
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np, torch
 from fastai.callback.core import Callback, CancelValidException
@@ -129,7 +130,7 @@ def _said(rec):
 def reproduce(
     exps, # `Experiment`s
     path, # Folder with the data sets
-    out='runs', # Folder for the records
+    out:str|Path='runs', # Folder for the records
     seeds:int=4, # Runs an experiment
     scale:str='paper', # A key of `SCALES`
     bf16:bool=True, # Train in bfloat16 autocast

@@ -67,7 +67,7 @@ def _check_folder(folder):
 
 def load_trained(
     folder, # Of `save_trained`
-    device='cpu', # torch's, or its name
+    device:str|torch.device='cpu', # torch's, or its name
 )->tuple: # The model, in evaluation mode, from normalised images to logits; a dict: kind, vocab, size, mode, ...
     "A classifier or segmenter from safetensors alone. Raises `ValueError` if the folder is not one."
     cfg,folder = _check_folder(folder),Path(folder).expanduser()

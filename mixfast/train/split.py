@@ -83,7 +83,7 @@ def _check_classes(labels):
                              "needed to train on some and to validate on others; label more, or leave such classes out")
 
 def _bundled(labels, groups, rng, n=100):
-    "The groups, where images of a large class that are alone are put together: some `n` of a class are enough to choose"
+    "The groups, where images of a large class that are alone are put together: `n` of a class are enough to choose"
     _,groups,size = np.unique(groups, return_inverse=True, return_counts=True)
     alone = size[groups]==1
     for c in np.unique(labels):

@@ -2,6 +2,7 @@ import matplotlib; matplotlib.use('Agg')
 import warnings
 from contextlib import contextmanager
 import numpy as np, pytest, torch
+from PIL import Image
 from fastai.vision.all import Callback, ProgressCallback, accuracy, noop, set_seed
 
 from mixfast.all import Hypers, Recipe, mix_dls, mix_learner
@@ -34,6 +35,18 @@ def make(tmp_path):
         learn.logger = noop
         return learn
     return _make
+
+def save_image(f, x):
+    "Write an array [H,W] or [H,W,3] as an image file, in a folder that need not be there"
+    f.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(x).save(f)
+
+@pytest.fixture
+def photos(tmp_path):
+    "Three classes of 12 images each, 12 without a class"
+    x,y = images(48, 16)
+    for i,(o,k) in enumerate(zip(x, y)): save_image(tmp_path/'photos'/('unlabelled' if i>=36 else f'class{k}')/f'{i}.png', o[...,0])
+    return tmp_path/'photos'
 
 @contextmanager
 def warned(how, category=Warning):

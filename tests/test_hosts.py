@@ -38,10 +38,16 @@ def hosts():
     finally:
         for n in names: subprocess.run(f'ip netns pids {n} | xargs -r kill -9; ip netns del {n}', shell=True, capture_output=True)
 
-def start(host, rank, folder, pause=0):
-    "The script on a host, by torchrun"
-    cmd = ['ip', 'netns', 'exec', host, sys.executable, '-m', 'torch.distributed.run', '--nnodes', '2', '--nproc-per-node', '1', '--node-rank', str(rank),
-           '--master-addr', '10.77.0.1', '--master-port', '29511', str(folder/'script.py'), str(pause)]
+def torchrun(rank, *cmd):
+    return ['torch.distributed.run', '--nnodes', '2', '--nproc-per-node', '1', '--node-rank', rank, '--master-addr', '10.77.0.1', '--master-port', '29511', *cmd]
+
+def accelerate(rank, *cmd):
+    return ['accelerate.commands.launch', '--multi_gpu', '--num_machines', '2', '--num_processes', '2', '--machine_rank', rank, '--main_process_ip', '10.77.0.1',
+            '--main_process_port', '29511', '--mixed_precision', 'no', '--dynamo_backend', 'no', *cmd]
+
+def start(host, rank, folder, *cmd, by=torchrun):
+    "A command on a host"
+    cmd = ['ip', 'netns', 'exec', host, sys.executable, '-m', *by(str(rank), *map(str, cmd))]
     env = os.environ | dict(OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME=f"v{'ab'[rank]}{os.getpid()}")
     return subprocess.Popen(cmd, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -65,17 +71,28 @@ def folder(tmp_path):
         return tmp_path/name
     return _make
 
-def test_two_hosts_train_as_one(hosts, folder):
-    both = folder('both')
-    ps = [start(h, r, both) for r,h in enumerate(hosts)]
+def ended(ps):
     outs = [p.communicate(timeout=300)[0] for p in ps]
     assert [p.returncode for p in ps]==[0,0], outs
+
+def test_two_hosts_train_as_one(hosts, folder):
+    both = folder('both')
+    ps = [start(h, r, both, 'script.py', 0) for r,h in enumerate(hosts)]
+    ended(ps)
     same(history(both), alone(folder('one')))
+
+def test_a_folder_of_photos_by_accelerate(hosts, photos, tmp_path):
+    "`accelerate launch` on each of two hosts, and one command for all"
+    args = ['mixfast-train', photos, *'--e-ssl 2 --e-sl 2 --rho 0.5 --size 16 --bs 16 --objective ae --device cpu --quiet --out run --cache cache'.split()]
+    ended([start(h, r, tmp_path, '--no_python', *args, by=accelerate) for r,h in enumerate(hosts)])
+    df = pd.read_csv(tmp_path/'run'/'history.csv')
+    assert df.phase.tolist()==['ssl','mix','sl'] and df.valid_loss.notna().all()
+    assert (tmp_path/'run'/'report.html').exists()
 
 def test_one_is_cut_off(hosts, folder):
     "The other says which within a minute, and the fit goes on on one host"
     d = folder('cut')
-    ps = [start(h, r, d, pause=3) for r,h in enumerate(hosts)]
+    ps = [start(h, r, d, 'script.py', 3) for r,h in enumerate(hosts)]
     for line in ps[0].stdout:
         if line.startswith('epoch 1'): break
     sh(f'ip -n {hosts[1]} link set vb{os.getpid()} down') # nothing is closed: there is no answer any more

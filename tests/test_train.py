@@ -4,7 +4,7 @@ import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from PIL import Image
 
-from conftest import images, same, state
+from conftest import images, same, save_image, state
 from mixfast.all import JobSettings, judge_masks, prepare, read_config, train_job
 from mixfast.insight import advise
 
@@ -14,17 +14,6 @@ class Stop(Callback):
     def __init__(self, epoch): self.n = epoch
     def after_epoch(self):
         if self.epoch==self.n: raise RuntimeError('no power')
-
-def save(f, x):
-    f.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(x).save(f)
-
-@pytest.fixture
-def photos(tmp_path):
-    "Three classes of 12 images each, 12 without a class"
-    x,y = images(48, 16)
-    for i,(o,k) in enumerate(zip(x, y)): save(tmp_path/'photos'/('unlabelled' if i>=36 else f'class{k}')/f'{i}.png', o[...,0])
-    return tmp_path/'photos'
 
 @pytest.fixture
 def run(photos, tmp_path, monkeypatch):
@@ -60,7 +49,7 @@ def test_after_a_crash(run, kw):
     else: assert len(run('stopped').learn.mix.history) # what fits into the time may differ
 
 def test_labels_are_not_needed(run, tmp_path):
-    for i,o in enumerate(images(20, 16)[0]): save(tmp_path/'bare'/f'{i}.png', o[...,0])
+    for i,o in enumerate(images(20, 16)[0]): save_image(tmp_path/'bare'/f'{i}.png', o[...,0])
     job = run(path=tmp_path/'bare')
     assert set(job.learn.mix.history.phase)=={'ssl'} and job.settings.e_sl==0
     assert len(run(path=tmp_path/'bare').learn.mix.history)==job.settings.e_ssl
@@ -69,16 +58,16 @@ def test_labels_are_not_needed(run, tmp_path):
 def test_masks(run, tmp_path, values):
     "Two classes, also as an image of black and white; an image without a mask is for SSL"
     for i,o in enumerate(images(16, 32)[0]):
-        save(tmp_path/'seg'/f'{i}.png', o[...,0])
-        if i<12: save(tmp_path/'masks'/f'{i}.png', np.where(o[...,0]>110, *values[::-1]).astype(np.uint8))
+        save_image(tmp_path/'seg'/f'{i}.png', o[...,0])
+        if i<12: save_image(tmp_path/'masks'/f'{i}.png', np.where(o[...,0]>110, *values[::-1]).astype(np.uint8))
     job = run(path=tmp_path/'seg', masks=str(tmp_path/'masks'), **PLAN)
     assert job.dls.vocab==['0','1'] and job.dls.ssl.n==13 and job.learn.mix.history.miou.iloc[-1]>0
 
 def test_half_a_mask_is_none(run, tmp_path):
     "Its image is for SSL; names of the others still go with their images"
     for i,o in enumerate(images(16, 32)[0]):
-        save(tmp_path/'seg'/f'{i:02}.png', o[...,0])
-        save(tmp_path/'masks'/f'{i:02}.png', (o[...,0]>110).astype(np.uint8))
+        save_image(tmp_path/'seg'/f'{i:02}.png', o[...,0])
+        save_image(tmp_path/'masks'/f'{i:02}.png', (o[...,0]>110).astype(np.uint8))
     found = run('whole', path=tmp_path/'seg', masks=str(tmp_path/'masks'), **PLAN).found
     f = tmp_path/'masks'/found.file[found.valid].iloc[0]
     f.write_bytes(f.read_bytes()[:-30])
@@ -96,7 +85,7 @@ def test_groups_stay_together(run, photos, tmp_path):
 def test_a_folder_for_validation(photos, tmp_path):
     "Its images are those to validate on; those to test on are not seen"
     for part in 'train','val','test':
-        for f in photos.glob('class*/*.png'): save(tmp_path/'parts'/part/f.parent.name/f.name, np.asarray(Image.open(f)))
+        for f in photos.glob('class*/*.png'): save_image(tmp_path/'parts'/part/f.parent.name/f.name, np.asarray(Image.open(f)))
     job = prepare(JobSettings(str(tmp_path/'parts'), objective='ae', device='cpu'), cache=tmp_path/'cache', bar=False)
     assert (job.dls.train.n, len(job.dls.valid.dataset), job.dls.ssl.n)==(36, 36, 36)
     assert job.found.twin.notna().sum()==72

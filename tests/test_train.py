@@ -1,4 +1,5 @@
 "From a folder of photos to a trained model: what is found, what is chosen, a crash, a config, and what is refused"
+import shutil
 from functools import partial
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
@@ -194,13 +195,16 @@ def test_two_processes(photos, tmp_path):
     done = subprocess.run([str(o) for o in cmd], capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS':'1'})
     assert done.returncode==0, done.stderr
     assert done.stdout.count('48 images in')==done.stdout.count('report: ')==1 and (tmp_path/'run'/'report.html').exists()
-    assert {p for p in pd.read_csv(tmp_path/'run'/'history.csv').phase}=={'ssl','mix','sl'}
+    assert {p for p in pd.read_csv(tmp_path/'run'/'history.csv').phase}=={'ssl','sl'}
 
-def test_no_time_for_trials(photos, tmp_path, capsys):
-    "MixTraining is trained, which the run's config says"
+@pytest.mark.parametrize('labelled', [True,False])
+def test_no_time_for_trials(photos, tmp_path, capsys, labelled):
+    "SL alone where all images have a label, else SSL before it, which the run's config says"
+    if labelled: shutil.rmtree(photos/'unlabelled')
     job = train_job(JobSettings(str(photos), minutes=0.03, objective='ae', device='cpu'), tmp_path/'run', cache=tmp_path/'cache', bar=False)
     assert 'there is no time for trials' in capsys.readouterr().out
-    assert read_config(tmp_path/'run'/'config.json')['used'].rho==0.5 and 'mix' in set(job.learn.mix.history.phase)
+    assert (read_config(tmp_path/'run'/'config.json')['used'].e_ssl==0)==labelled
+    assert set(job.learn.mix.history.phase)==({'sl'} if labelled else {'ssl','sl'})
 
 def test_without_trials_after_a_crash(photos, tmp_path):
     "It goes on by the plan that it began with, whatever the clock says now"
@@ -208,4 +212,4 @@ def test_without_trials_after_a_crash(photos, tmp_path):
     with pytest.raises(RuntimeError, match='no power'): call(cbs=Stop(1))
     used = read_config(tmp_path/'run'/'config.json')['used']
     job = call()
-    assert used.rho==0.5 and job.settings==used and len(job.learn.mix.history)==used.e_ssl+used.e_sl-int(0.5*used.e_ssl)
+    assert used.e_ssl and job.settings==used and len(job.learn.mix.history)==used.e_ssl+used.e_sl

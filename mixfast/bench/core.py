@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
-from fastcore.script import store_true
 from fastai.torch_core import default_device
 
 from .dense import MaskWork, dense_rows
@@ -245,11 +244,11 @@ def _say(res, out):
 
 # %% ../../nbs/bench/02_core.ipynb #f8353c8a
 def main(
-    quick:store_true, # Under two minutes on two cores: fewer images and rounds
-    bf16:store_true, # bfloat16 autocast; on a GPU always
-    compile:store_true, # torch.compile, for mixfast and the loop by hand
-    views:store_true, # Time methods with several views, in place of MixTraining
-    dense:store_true=False, # Time masks and several tasks
+    quick:bool=False, # Under two minutes on two cores: fewer images and rounds
+    bf16:bool=False, # bfloat16 autocast; on a GPU always
+    compile:bool=False, # torch.compile, for mixfast and the loop by hand
+    views:bool=False, # Time methods with several views, in place of MixTraining
+    dense:bool=False, # Time masks and several tasks
     rounds:int=None, # That count; default: 3, or 2 with --quick
     out:str='bench.json', # File for the result
 ):

@@ -26,13 +26,17 @@ def _shade(mix, ax, label=False):
                    label=f'{p} phase' if label else None)
 
 # %% ../../nbs/insight/05_plot.ipynb #d7686636
+def _dot(v):
+    "The marker of a line: one where a single value makes no line"
+    return '.' if v.notna().sum()==1 else ''
+
 def _plot_losses(mix, ax):
     "Losses of training and validation"
     h = mix.history
     valid = dict(valid_ssl=h.valid_loss.where(h.phase=='ssl'), valid_sl=h.valid_loss.where(h.phase!='ssl'))
     for k,v in {**h[['ssl_loss','sl_loss']], **valid}.items():
         style = dict(ls='--' if 'valid' in k else '-', color='C0' if 'ssl' in k else 'C1')
-        if v.notna().any(): ax.plot(h.epoch+1, v, label=k, **style)
+        if v.notna().any(): ax.plot(h.epoch+1, v, label=k, marker=_dot(v), **style)
     above = all((o.get_ydata()>0).all() for o in ax.lines)
     ax.set(ylabel='loss', yscale='log' if above else 'linear')
 
@@ -47,7 +51,7 @@ def plot_history(self:MixRecorder,
     n = 3+len(metrics)
     fig,axs = plt.subplots(n, 1, sharex=True, figsize=figsize or (8, 1.5*n+1), height_ratios=[2]+[1]*(n-1))
     _plot_losses(self, axs[0])
-    for ax,k in zip(axs[1:], metrics): ax.plot(h.epoch+1, h[k], color='C2')
+    for ax,k in zip(axs[1:], metrics): ax.plot(h.epoch+1, h[k], color='C2', marker=_dot(h[k]))
     for ax,k in zip(axs[-2:], ('lr','alpha')): ax.plot(self.sched['epoch'], self.sched[k], color='grey')
     for ax,k in zip(axs[1:], (*metrics,'lr','alpha')): ax.set_ylabel(k)
     for ax in axs: _shade(self, ax, label=ax is axs[0])

@@ -12,9 +12,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-
-from fastcore.script import store_true
-
 from ..objective.features import body
 from ..model import plain_model
 from .job import JobSettings
@@ -104,14 +101,17 @@ def main(
     device:str=None, # cpu or cuda
     config:str=None, # config.json of an earlier run: the same again
     cache:str=None, # Folder for decoded images
-    quiet:store_true=False, # Show no progress
+    quiet:bool=False, # Show no progress
 ):
     "Train a classifier, or with masks a segmenter, from a folder of photos"
     given = dict(labels=labels, masks=masks, group=group, minutes=minutes, size=size, model=model, objective=objective,
                  e_ssl=e_ssl, e_sl=e_sl, rho=rho, valid=valid, bs=bs, seed=seed, device=device)
     def run():
         s,chosen = _settings(photos, config, given)
-        return train_folder(s, out, chosen, cache=cache, bar=not quiet)
+        try: return train_folder(s, out, chosen, cache=cache, bar=not quiet)
+        except KeyboardInterrupt:
+            print('mixfast-train: stopped; the same command goes on from here', file=sys.stderr)
+            sys.exit(130)
     report = _or_exit('mixfast-train', run)
     if joined(device)[0]==0: print(f'report: {report}')
 
@@ -123,7 +123,7 @@ def predict_main(
     bs:int=64, # Images a batch
     device:str=None, # cpu or cuda
     features:str=None, # Write the backbone's features instead, to this .npz or .parquet
-    quiet:store_true=False, # Show no progress
+    quiet:bool=False, # Show no progress
 ):
     "Classes with probabilities, or masks, of a folder of photos"
     if features and out: raise SystemExit("mixfast-predict: features and out name two files: give one of them")

@@ -92,9 +92,9 @@ def _rates(job):
     return Recipe(own(r.ssl), own(r.sl))
 
 def _without_trials(job, n=1):
-    "The settings, with the plan of MixTraining that there is time for by `n` processes. Raises `ValueError`."
-    name,args = list(candidates(job.learn).items())[-1]
-    row = job.learn.mix.advise(n*job.settings.minutes, {name: args}).iloc[0]
+    "The settings, with the longest plan of what photos gain most from where nothing is tried. Raises `ValueError`."
+    name = 'SL' if job.dls.train.opts['ssl'] is None else 'SSL+SL'
+    row = job.learn.mix.advise(n*job.settings.minutes, {name: candidates(job.learn)[name]}).iloc[0]
     return replace(job.settings, e_ssl=int(row.e_ssl), e_sl=int(row.e_sl), rho=float(row.rho))
 
 def _planned(job, n=1):
@@ -123,7 +123,8 @@ def _trained(job, chosen, out, resume, cbs, note):
     with learn.no_logging(), together(learn):
         try: return job, fit(job, chosen)
         except TooShort: s = _without_trials(job)
-        note(s, f"there is no time for trials: {MixPlan(s.e_ssl, s.e_sl, s.rho)}")
+        some = 'some images have no label' if s.e_ssl else 'all images have a label'
+        note(s, f"there is no time for trials: {MixPlan(s.e_ssl, s.e_sl, s.rho)}, since {some}")
         return job._replace(settings=s), fit(job._replace(settings=s), None)
 
 # %% ../../nbs/train/05_run.ipynb #f38a1df3

@@ -1,5 +1,5 @@
 "What fits into a budget, trials of it, and the fit: from arrays and files, after a crash, and what is refused"
-import json
+import json, math
 from functools import partial
 
 import numpy as np, pandas as pd, pytest, torch
@@ -26,13 +26,13 @@ def learner(n=24, metrics=accuracy, ssl=True, **kw):
 @pytest.fixture
 def scored(monkeypatch):
     "Pilots that take no time: a function of their scores by method and round, all the same"
-    def _scored(scores):
+    def _scored(scores, known=()):
         runs = []
         def run(learn, dls, args, plan, weights=None, seed=0, **kwargs):
             name = next(k for k,v in candidates(learn).items() if v==args)
             runs.append(name)
             if callable(scores.get(name)): scores[name]()
-            return scores[name], dict(ssl=0.05, mix=0.05, sl=0.05), 0.1, pilot._weights(learn)
+            return scores[name], name in known, dict(ssl=0.05, mix=0.05, sl=0.05), 0.1, pilot._weights(learn)
         monkeypatch.setattr(advise, '_pilot', run)
         monkeypatch.setattr(advise, '_step_times', lambda *_: dict(ssl=0.05, mix=0.05, sl=0.05))
         monkeypatch.setattr(advise, '_valid_seconds', lambda _: 0.)
@@ -42,8 +42,28 @@ def scored(monkeypatch):
 @pytest.fixture
 def hurry(monkeypatch):
     "Real pilots, however short"
-    monkeypatch.setattr(advise, '_check_budget', noop)
+    monkeypatch.setattr(advise, '_affordable', lambda learn, dls, t, methods, *_: list(methods))
     return dict(minutes=0.02, recipe=HOT)
+
+def test_sl_that_knows_its_images_by_heart(scored):
+    "It does not gain from more time: the best of the others is trained, which the sentence says"
+    runs,learn = scored(dict.fromkeys(('SL','SSL+SL','MixTraining','MixTraining (joint)'), 0.5) | {'SL':0.9, 'MixTraining':0.6}, known=['SL']),learner()
+    learn.fit_best(**BUDGET)
+    assert runs[4:]==['MixTraining','SSL+SL'] and learn.mix.why.startswith('MixTraining is trained')
+    assert 'SL has learnt its images by heart: more of it would not help.' in learn.mix.why
+
+def test_by_heart():
+    def h(**kw): return pd.DataFrame(dict(phase=['sl','sl'], sl_loss=[1.,0.01], valid_loss=[1.,0.5]) | kw)
+    assert pilot._by_heart(h())
+    assert not pilot._by_heart(h(sl_loss=[1.,0.2])) and not pilot._by_heart(h(phase=['ssl','sl'])) and not pilot._by_heart(h(valid_loss=[1.,math.nan]))
+
+def test_what_there_is_no_time_to_try_is_left_out(scored, tmp_path, capsys):
+    "The slowest candidates; a resumed fit leaves out the same"
+    scores = dict.fromkeys(('SL','SSL+SL'), 0.5)
+    runs,learn = scored(scores),learner()
+    learn.fit_best(minutes=0.06, checkpoint=tmp_path)
+    assert set(runs)==set(scores) and 'no time to try MixTraining, MixTraining (joint)' in capsys.readouterr().out
+    assert json.loads((tmp_path/'trials.json').read_text())['names']==['SL','SSL+SL']
 
 @pytest.mark.parametrize('best', ['SL','SSL+SL','MixTraining','MixTraining (joint)'])
 def test_the_best_is_trained(scored, best):

@@ -185,7 +185,7 @@ def test_resume_is_exact(launch, tmp_path, name):
 
 def bn_learner(bs):
     dls = mix_dls(images(36, 16, 3), images(9, 16, 3, seed=1), bs=bs, seed=3, tfms=[BatchFlip()])
-    return mix_learner(dls, 'resnet10t', AE, metrics=accuracy)
+    return mix_learner(dls, 'test_resnet', AE, metrics=accuracy)
 
 def test_batch_norm(launch):
     "Statistics are those of the first process, everywhere; without validation too"

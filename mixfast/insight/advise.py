@@ -39,6 +39,7 @@ class _Trials:
     weights:dict=field(default_factory=dict) # Of each method after its last pilot: model and objective
     spent:float=0. # Seconds of all pilots
     chosen:dict=None # The method that was chosen, and its plan
+    names:list=None # The candidates that there is time to try
     call:dict=None # What must be the same for them to go on
     timed:dict=field(default_factory=dict) # Seconds of a step by phase, by kind of mix phase
 
@@ -57,7 +58,7 @@ def _file(self:_Trials, row):
 def save(self:_Trials):
     "Write what is known, but for weights; the file is there as a whole or not at all"
     if self.folder is None: return
-    known = {k: getattr(self, k) for k in ('rows','spent','chosen','call')}
+    known = {k: getattr(self, k) for k in ('rows','spent','chosen','names','call')}
     _write_atomic(self.folder/'trials.json', json.dumps(known).encode())
 
 @patch
@@ -103,9 +104,10 @@ def _tried(learn, dls, t, name, args, r, seconds, **kwargs):
     if t.row(name, r): return t.row(name, r)
     steps = _measured(t, name, learn, args)
     plan = _longest(args, _epochs(learn, args, steps, 0., dls), seconds) or _shortest(args)
-    try: score,steps,secs,weights = _pilot(learn, dls, args, plan, t.weights.get(name), r, **kwargs)
-    except FloatingPointError: score,steps,secs,weights = math.nan,steps,0.,_weights(learn) # it has diverged
-    row = dict(method=name, round=r, score=score, seconds=secs, e_ssl=plan.e_ssl, e_sl=plan.e_sl, rho=plan.rho)
+    try: score,known,steps,secs,weights = _pilot(learn, dls, args, plan, t.weights.get(name), r, **kwargs)
+    except FloatingPointError: score,known,secs,weights = math.nan,False,0.,_weights(learn) # it has diverged
+    row = dict(method=name, round=r, score=score, by_heart=known, seconds=secs, e_ssl=plan.e_ssl, e_sl=plan.e_sl,
+               rho=plan.rho)
     t.add(row | dict(steps=steps), weights)
     return t.rows[-1]
 
@@ -124,7 +126,8 @@ def _halving(learn, dls, t, methods, budget, **kwargs):
             new = not t.row(name, r)
             rows[name] = _tried(learn, dls, t, name, methods[name], r, budget/n/len(alive), **kwargs)
             if new: print(_said(rows[name], metric, dls.valid.n), flush=True)
-        alive = _best(metric, {k: o['score'] for k,o in rows.items()})[:math.ceil(len(alive)/2)]
+        best = _best(metric, {k: o['score'] for k,o in rows.items()})
+        alive = sorted(best, key=lambda k: rows[k]['by_heart'])[:math.ceil(len(alive)/2)] # the sort is stable
         if math.isnan(rows[alive[0]]['score']): raise FloatingPointError(
             f"the pilots of {', '.join(rows)} have all diverged: try a lower rate or a longer warm-up")
     return alive[0]
@@ -133,13 +136,19 @@ def _halving(learn, dls, t, methods, budget, **kwargs):
 class TooShort(ValueError):
     "There is no time for pilots"
 
-def _check_budget(learn, dls, t, methods, minutes, share):
-    "Raise `TooShort` unless there is time for pilots of all candidates, and for a fit after them"
+def _affordable(learn, dls, t, methods, minutes, share):
+    "The candidates that there is time to try, the slowest left out. Raises `TooShort` unless there are two."
     def least(k, a): return _seconds(_shortest(a), _epochs(learn, a, _measured(t, k, learn, a), 0., dls))
-    n,secs = _rounds(len(methods)),sum(least(*o) for o in methods.items())
-    if secs*n>60*minutes*share: raise TooShort(
-        f"minutes={minutes:g} is too short: {n} rounds of the shortest pilots of {len(methods)} candidates take about "
-        f"{n*secs/60:.2g} minutes, more than {share:.0%} of it. Pass more minutes, fewer methods, or a larger share")
+    secs = {k: least(k, a) for k,a in methods.items()}
+    names = sorted(methods, key=secs.get)
+    def needed(): return _rounds(len(names))*sum(map(secs.get, names))
+    while needed()>60*minutes*share:
+        if len(names)<3: raise TooShort(
+            f"minutes={minutes:g} is too short: the shortest pilots of {' and '.join(names)} take about "
+            f"{needed()/60:.2g} minutes, more than {share:.0%} of it. Pass more minutes, or a larger share")
+        names.pop()
+    if left := [k for k in methods if k not in names]: print(f"no time to try {', '.join(left)}", flush=True)
+    return [k for k in methods if k in names]
 
 def _plain_args(args):
     "Arguments as JSON can hold them"
@@ -153,8 +162,10 @@ def _why(t, metric, n, name, plan):
     own = last.pop(name)
     def said(rows): return ', '.join(f"{o['method']} {o['score']:.3f}" for o in rows)
     same,less = [[o for o in last.values() if (o['round']==own['round'])==b] for b in (True,False)]
+    known = [o['method'] for o in last.values() if o.get('by_heart')]
     return (f"{name} is trained, {plan}: in pilots its {metric} is {own['score']:.3f} on {n} held-out images, " +
-            f"that of {said(same)}" + f"; after shorter ones {said(less)}"*bool(less) + '.')
+            f"that of {said(same)}" + f"; after shorter ones {said(less)}"*bool(less) + '.' +
+            f" {known and known[0]} has learnt its images by heart: more of it would not help."*bool(known))
 
 # %% ../../nbs/insight/08a_advise.ipynb #81c61e6f
 def _planned(o): return [o['e_ssl'], o['e_sl'], o['rho']]
@@ -190,7 +201,8 @@ def fit_best(self:Learner,
     _check_methods(methods, kwargs)
     call = _plain_args(dict(minutes=minutes, methods=methods, pilots=pilots, held_out=held_out, seed=seed) | kwargs)
     t = _trials(checkpoint, resume, call)
-    if not t.rows and len(methods)>1: _check_budget(self, dls, t, methods, minutes, pilots)
+    if not t.rows and len(methods)>1: t.names = _affordable(self, dls, t, methods, minutes, pilots)
+    if t.names: methods = {k: methods[k] for k in t.names}
     if not t.chosen: _choose(self, dls, t, methods, minutes, pilots, **kwargs)
     name,plan = t.chosen['method'],MixPlan(*t.chosen['plan'])
     self.mix.advice,self.mix.why = pd.DataFrame(t.rows),_why(t, metric, dls.valid.n, name, plan)

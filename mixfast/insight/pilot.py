@@ -145,8 +145,13 @@ def _piloting(learn, dls):
             learn.dls = own
             for dl,state in states: dl.load_state_dict(state) # all pilots see the same
 
+def _by_heart(history):
+    "Has SL alone learnt its images by heart, so that more of it would not help: is its loss a tenth of that on others?"
+    h = history.iloc[-1]
+    return bool((history.phase=='sl').all() and h.sl_loss < 0.1*h.valid_loss)
+
 def _pilot(learn, dls, args, plan, weights=None, seed=0, **kwargs):
-    "A short fit: its score, seconds by phase of a step, seconds in all; and weights"
+    "A short fit: its score, whether it is SL `_by_heart`, seconds by phase of a step, seconds in all; and weights"
     with _piloting(learn, dls), torch.random.fork_rng():
         torch.manual_seed(seed)
         _load(learn, weights)
@@ -154,4 +159,5 @@ def _pilot(learn, dls, args, plan, weights=None, seed=0, **kwargs):
         learn.fit_mixtraining(**_as_planned(args, plan) | kwargs, cbs=_LastEpoch())
         n = {p: sum(k for (q,*_),k in learn.mix.n_steps.items() if q==p) for p in learn.mix.seconds}
         steps = {p: s/n[p] for p,s in learn.mix.seconds.items() if n[p]}
-        return float(learn.mix.history[_metric(learn)].iloc[-1]), steps, time.perf_counter()-t, _weights(learn)
+        score,known = float(learn.mix.history[_metric(learn)].iloc[-1]),_by_heart(learn.mix.history)
+        return score, known, steps, time.perf_counter()-t, _weights(learn)

@@ -92,12 +92,10 @@ def _trials(folder, resume, call=None):
 
 # %% ../../nbs/insight/08a_advise.ipynb #2a219782
 def _measured(t, name, learn, args):
-    "Seconds of a step by phase: those of the last pilot, and what it had none of as timed, once for each kind of mix"
-    own = next((o['steps'] for o in reversed(t.rows) if o['method']==name), {})
-    plan = MixPlan(args.get('e_ssl', 9), 9, args.get('rho', 0.))
-    if all(p.name in own for p in plan.phases): return own
+    "Seconds of a step by phase: those of the last pilot, or as timed, once for each kind of mix, if that is less"
+    own = next((o['steps'] for o in reversed(t.rows) if o['method']==name), {}) # its first steps are slow
     if (kind := args.get('mix')) not in t.timed: t.timed[kind] = _step_times(learn, args)
-    return t.timed[kind] | own
+    return {p: min(s, own.get(p, s)) for p,s in t.timed[kind].items()}
 
 def _tried(learn, dls, t, name, args, r, seconds, **kwargs):
     "The row of a pilot of about so many seconds, which is run if it has not been"

@@ -27,7 +27,7 @@ from ..learner import mix_learner
 from ..task.segment import Segment
 from .launched import joined
 from .scan import scan
-from .split import _check_classes, joined_groups, near_pairs, split_groups
+from .split import _MOST, _check_classes, joined_groups, near_pairs, split_groups
 
 # %% ../../nbs/train/04_job.ipynb #1af8f4c7
 @dataclass(frozen=True)
@@ -199,6 +199,8 @@ def describe_job(
     if len(bad): lines.append(
         f"{len(bad)} cannot be read and are left out: {', '.join(bad.file[:3])}{' ...'*(len(bad)>3)}")
     grey = dls.train.dataset.shape[2]==1
+    if len(found)>_MOST: lines.append(
+        f"of more than {_MOST:,} images only equal ones are told, not those that are nearly the same")
     lines += _twins(found)
     lines.append(f"{sizes.min().min()} to {sizes.max().max()} pixels; trained at {s.size}, "
                  f"{'grey' if grey else 'in colour'}")

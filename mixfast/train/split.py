@@ -46,14 +46,18 @@ def _same(x):
     res = [(first.setdefault(h, i), i) for i,h in enumerate(hashes)]
     return np.array([o for o in res if o[0]<o[1]], np.int64).reshape(-1,2)
 
+_MOST = 50_000
+
 def near_pairs(
     x, # Images, uint8 [N,H,W,C], or a store of them
     alike:float=0.98, # Correlation of their thumbnails from which on two images are a pair
+    most:int=_MOST, # Of more images only equal ones are found, for the time grows with their square
 )->np.ndarray: # int64 [pairs,2], places in `x`, the lower one first
     "Images that are nearly the same, or are the same"
+    same = _same(x)
+    if len(x)>most: return same
     v = _whitened(x)
     i = np.flatnonzero(v.any(1))
-    same = _same(x)
     if len(i)<2: return same
     near = NearestNeighbors(radius=(2-2*alike)**0.5, algorithm='brute').fit(v[i]).radius_neighbors_graph().tocoo()
     near = np.stack([i[near.row],i[near.col]], 1)

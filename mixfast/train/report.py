@@ -27,7 +27,7 @@ h1 {font-size: 1.6rem} h2 {font-size: 1.2rem; margin-top: 2rem} img {max-width: 
 table {border-collapse: collapse; font-size: 13px}
 td, th {padding: .2rem .6rem; border-bottom: 1px solid #8884; text-align: left}
 .figures {display: flex; flex-wrap: wrap; gap: .8rem}
-figure {margin: 0; font-size: 12px; width: 8rem} figure img {width: 100%}
+figure {margin: 0; font-size: 12px; width: 8rem; overflow-wrap: anywhere} figure img {width: 100%}
 .score {font-size: 1.3rem} @media (prefers-color-scheme: dark) {body {background: #181818; color: #ddd}}'''
 
 def _table(df, index=False):

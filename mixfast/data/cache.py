@@ -175,6 +175,12 @@ def _check_files(files, size, mode)->tuple:
     return files,size
 
 # %% ../../nbs/data/01_cache.ipynb #88301380
+def _cache_folder(cache=None)->Path:
+    "The folder of caches, which is there then; of None mixfast's in the user's cache folder"
+    cache = Path(cache or xdg_cache_home()/'mixfast').expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
+
 def load_files(
     files, # Paths of images
     size:int|tuple=64, # Height and width, pixels; or one number for both
@@ -186,9 +192,7 @@ def load_files(
 )->tuple: # Images uint8 [n,H,W,C], mapped into memory; int64 [n], their places in `files`
     "Images of `files`, from the cache if they have been decoded before. Raises `ValueError` on unreadable ones."
     files,size = _check_files(files, size, mode)
-    cache = Path(cache or xdg_cache_home()/'mixfast').expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
-    d = cache/_cache_key(files, size, mode)
+    d = _cache_folder(cache)/_cache_key(files, size, mode)
     with FileLock(f'{d}.lock'):
         try: x,bad = _open_cache(d)
         except (OSError,ValueError,KeyError,TypeError): x,bad = None,[]

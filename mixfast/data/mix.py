@@ -235,7 +235,7 @@ def _place(stores, device, on_device):
 
 # %% ../../nbs/data/05_mix.ipynb #149e84cf
 def mix_dls(
-    sl=None, # Labelled training data: (images uint8 [N,H,W,C] or [N,H,W] or `TarImages`, targets as in `ImageStore`)
+    sl=None, # Labelled images: (uint8 [N,H,W,C] or [N,H,W], or `TarImages`; targets as in `ImageStore`). None: none
     valid=None, # Labelled validation data, likewise
     ssl=None, # Images for SSL, uint8 [N,H,W,C] of any size. None: those of `sl`, and mix batches are SL batches
     lam:float=None, # Share of the labelled image in a blend of `sl` and `ssl`, in [0,1]; default: 0.5

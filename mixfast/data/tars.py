@@ -19,17 +19,16 @@ from zipfile import BadZipFile
 
 import fsspec, numpy as np, torch
 from fastcore.basics import patch
-from fastcore.xdg import xdg_cache_home
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
 
 from ..checks import _import_extra
-from .cache import _as_size, _decode_image
+from .cache import _as_size, _cache_folder, _decode_image
 
 # %% ../../nbs/data/01b_tars.ipynb #3c7c23af
 _KINDS = ('jpg','jpeg','png','webp','bmp')
 
-def _samples_of(f):
+def _samples_of(tar):
     "Name, and files by ending, of each sample of an open tar"
     split = _import_extra('webdataset', 'data').tariterators.base_plus_ext
     def members():
@@ -37,8 +36,7 @@ def _samples_of(f):
             tar.members = [] # else it keeps them all
             base,ext = split(m.name)
             if m.isfile() and base: yield base, ext.lower(), m
-    with tarfile.open(fileobj=f, mode='r:') as tar:
-        for base,ms in groupby(members(), itemgetter(0)): yield base, {ext: m for _,ext,m in ms}, tar
+    for base,ms in groupby(members(), itemgetter(0)): yield base, {ext: m for _,ext,m in ms}
 
 def _sample(base, files, label):
     "The ending of its image. Raises `ValueError` unless it has one, and a label if it is to have one."
@@ -51,8 +49,8 @@ def _index_tar(fs, path, label):
     "Where the images of a tar begin, int64 [n], their bytes, int32 [n], and labels, strings. Raises `ValueError`."
     at,ys = [],[]
     try:
-        with fs.open(path) as f:
-            for base,files,tar in _samples_of(f):
+        with fs.open(path) as f, tarfile.open(fileobj=f, mode='r:') as tar:
+            for base,files in _samples_of(tar):
                 m = files[_sample(base, files, label)]
                 at.append((m.offset_data, m.size))
                 ys.append(tar.extractfile(files[label]).read().decode().strip() if label else '')
@@ -165,8 +163,7 @@ def _open_tars(
     expand = _import_extra('braceexpand', 'data').braceexpand
     urls = [o for t in ([tars] if isinstance(tars, (str,Path)) else tars) for o in expand(str(t))]
     fs,paths = fsspec.url_to_fs(urls[0])[0],[fsspec.url_to_fs(o)[1] for o in urls]
-    cache = Path(cache or xdg_cache_home()/'mixfast').expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = _cache_folder(cache)
     parts = _threads().map(lambda o: _index(fs, o, label, cache), paths)
     parts = list(progress_bar(parts, total=len(paths), leave=False) if bar and len(paths)>1 else parts)
     return TarImages(fs, paths, parts, size, mode), np.concatenate([o['labels'] for o in parts])

@@ -160,10 +160,10 @@ def _why(t, metric, n, name, plan):
     own = last.pop(name)
     def said(rows): return ', '.join(f"{o['method']} {o['score']:.3f}" for o in rows)
     same,less = [[o for o in last.values() if (o['round']==own['round'])==b] for b in (True,False)]
-    known = [o['method'] for o in last.values() if o.get('by_heart')]
+    known = [k for k,o in last.items() if o.get('by_heart')]
     return (f"{name} is trained, {plan}: in pilots its {metric} is {own['score']:.3f} on {n} held-out images, " +
             f"that of {said(same)}" + f"; after shorter ones {said(less)}"*bool(less) + '.' +
-            f" {known and known[0]} has learnt its images by heart: more of it would not help."*bool(known))
+            ''.join(f" {k} has learnt its images by heart: more of it would not help." for k in known))
 
 # %% ../../nbs/insight/08a_advise.ipynb #81c61e6f
 def _planned(o): return [o['e_ssl'], o['e_sl'], o['rho']]

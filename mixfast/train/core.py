@@ -111,7 +111,7 @@ def main(
         try: return train_folder(s, out, chosen, cache=cache, bar=not quiet)
         except KeyboardInterrupt:
             print('mixfast-train: stopped; the same command goes on from here', file=sys.stderr)
-            sys.exit(130)
+            raise # `cli` ends the process
     report = _or_exit('mixfast-train', run)
     if joined(device)[0]==0: print(f'report: {report}')
 

@@ -199,7 +199,8 @@ def describe_job(
     if len(bad): lines.append(
         f"{len(bad)} cannot be read and are left out: {', '.join(bad.file[:3])}{' ...'*(len(bad)>3)}")
     grey = dls.train.dataset.shape[2]==1
-    if len(found)>_MOST: lines.append(
+    compared = found['at'].notna() & (found.label.notna() | found['mask'].notna()) & (found.split!='test')
+    if compared.sum()>_MOST: lines.append(
         f"of more than {_MOST:,} images only equal ones are told, not those that are nearly the same")
     lines += _twins(found)
     lines.append(f"{sizes.min().min()} to {sizes.max().max()} pixels; trained at {s.size}, "

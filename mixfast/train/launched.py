@@ -14,7 +14,6 @@ from contextlib import nullcontext
 import torch, torch.distributed as dist
 
 from ..checks import _import_extra
-from ..callback.distributed import by_first # for those who import from here
 
 # %% ../../nbs/train/03b_launched.ipynb #84f19a95
 def joined(

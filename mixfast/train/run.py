@@ -19,6 +19,7 @@ from fastcore.basics import noop
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 
+from ..callback.distributed import by_first
 from ..callback.files import _write_atomic
 from ..callback.settings import _first_difference
 from ..data.mix import phase_dl
@@ -28,7 +29,7 @@ from ..insight.pilot import candidates
 from ..phases import MixPlan
 from ..schedule import Recipe, get_recipe
 from .job import Job, JobSettings, describe_job, prepare
-from .launched import by_first, joined, together
+from .launched import joined, together
 
 # %% ../../nbs/train/05_run.ipynb #afaa1134
 def read_config(

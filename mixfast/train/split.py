@@ -104,8 +104,8 @@ def split_groups(
     "Hold out whole groups, about the same share of each class. Raises `ValueError` if some class is on one side only."
     if not (isinstance(valid_pct, Real) and 0<valid_pct<=0.5):
         raise ValueError(f"valid_pct must lie between 0 and 0.5, got {valid_pct!r}")
-    labels = np.asarray(labels).astype(str)
-    groups = _bundled(labels, np.asarray(groups), np.random.default_rng(_check_seed(seed)))
+    labels,seed = np.asarray(labels).astype(str),_check_seed(seed)
+    groups = _bundled(labels, np.asarray(groups), np.random.default_rng(seed))
     n,most = round(1/valid_pct),len(np.unique(groups))
     if most<2: raise ValueError("all labelled images belong to one group: there is nothing to split")
     folds = StratifiedGroupKFold(min(n, most), shuffle=True, random_state=seed)

@@ -197,8 +197,14 @@ def test_two_processes(photos, tmp_path):
     assert done.stdout.count('48 images in')==done.stdout.count('report: ')==1 and (tmp_path/'run'/'report.html').exists()
     assert {p for p in pd.read_csv(tmp_path/'run'/'history.csv').phase}=={'ssl','sl'}
 
+@pytest.fixture
+def no_time(monkeypatch):
+    "Pilots take too long, however fast the machine is"
+    def too_short(*args): raise advise.TooShort('minutes is too short')
+    monkeypatch.setattr(advise, '_affordable', too_short)
+
 @pytest.mark.parametrize('labelled', [True,False])
-def test_no_time_for_trials(photos, tmp_path, capsys, labelled):
+def test_no_time_for_trials(no_time, photos, tmp_path, capsys, labelled):
     "SL alone where all images have a label, else SSL before it, which the run's config says"
     if labelled: shutil.rmtree(photos/'unlabelled')
     job = train_job(JobSettings(str(photos), minutes=0.03, objective='ae', device='cpu'), tmp_path/'run', cache=tmp_path/'cache', bar=False)
@@ -206,7 +212,7 @@ def test_no_time_for_trials(photos, tmp_path, capsys, labelled):
     assert (read_config(tmp_path/'run'/'config.json')['used'].e_ssl==0)==labelled
     assert set(job.learn.mix.history.phase)==({'sl'} if labelled else {'ssl','sl'})
 
-def test_without_trials_after_a_crash(photos, tmp_path):
+def test_without_trials_after_a_crash(no_time, photos, tmp_path):
     "It goes on by the plan that it began with, whatever the clock says now"
     call = partial(train_job, JobSettings(str(photos), minutes=0.03, objective='ae', device='cpu'), tmp_path/'run', cache=tmp_path/'cache', bar=False, say=lambda _: None)
     with pytest.raises(RuntimeError, match='no power'): call(cbs=Stop(1))

@@ -201,7 +201,7 @@ def test_two_processes(photos, tmp_path):
 def no_time(monkeypatch):
     "Pilots take too long, however fast the machine is"
     def too_short(*args): raise advise.TooShort('minutes is too short')
-    monkeypatch.setattr(advise, '_affordable', too_short)
+    monkeypatch.setattr(advise, '_narrowed', too_short)
 
 @pytest.mark.parametrize('labelled', [True,False])
 def test_no_time_for_trials(no_time, photos, tmp_path, capsys, labelled):

@@ -39,7 +39,8 @@ class _Trials:
     weights:dict=field(default_factory=dict) # Of each method after its last pilot: model and objective
     spent:float=0. # Seconds of all pilots
     chosen:dict=None # The method that was chosen, and its plan
-    names:list=None # The candidates that there is time to try
+    names:list=None # The candidates that are left after the pilot of SL alone
+    why:list=field(default_factory=list) # What is to be said of that
     call:dict=None # What must be the same for them to go on
     timed:dict=field(default_factory=dict) # Seconds of a step by phase, by kind of mix phase
 
@@ -58,7 +59,7 @@ def _file(self:_Trials, row):
 def save(self:_Trials):
     "Write what is known, but for weights; the file is there as a whole or not at all"
     if self.folder is None: return
-    known = {k: getattr(self, k) for k in ('rows','spent','chosen','names','call')}
+    known = {k: getattr(self, k) for k in ('rows','spent','chosen','names','why','call')}
     _write_atomic(self.folder/'trials.json', json.dumps(known).encode())
 
 @patch
@@ -102,30 +103,22 @@ def _tried(learn, dls, t, name, args, r, seconds, **kwargs):
     if t.row(name, r): return t.row(name, r)
     steps = _measured(t, name, learn, args)
     plan = _longest(args, _epochs(learn, args, steps, 0., dls), seconds) or _shortest(args)
-    try: score,known,steps,secs,weights = _pilot(learn, dls, args, plan, t.weights.get(name), r, **kwargs)
-    except FloatingPointError: score,known,secs,weights = math.nan,False,0.,_weights(learn) # it has diverged
-    row = dict(method=name, round=r, score=score, by_heart=known, seconds=secs, e_ssl=plan.e_ssl, e_sl=plan.e_sl,
+    try: score,ratio,steps,secs,weights = _pilot(learn, dls, args, plan, t.weights.get(name), r, **kwargs)
+    except FloatingPointError: score,ratio,secs,weights = math.nan,math.nan,0.,_weights(learn) # it has diverged
+    row = dict(method=name, round=r, score=score, loss_ratio=ratio, seconds=secs, e_ssl=plan.e_ssl, e_sl=plan.e_sl,
                rho=plan.rho)
     t.add(row | dict(steps=steps), weights)
+    said = _line(f"{name:20} {str(plan):24} {dls.valid.n} held-out images", secs, **{_metric(learn): score})
+    print(said, flush=True)
     return t.rows[-1]
-
-def _said(row, metric, n):
-    "A pilot in a line"
-    what = MixPlan(row['e_ssl'], row['e_sl'], row['rho'])
-    return _line(f"{row['method']:20} {str(what):24} {n} held-out images", row['seconds'], **{metric:row['score']})
 
 # %% ../../nbs/insight/08a_advise.ipynb #e7575671
 def _halving(learn, dls, t, methods, budget, **kwargs):
     "The best of the candidates, by name. Raises `FloatingPointError` if all have diverged."
     alive,metric,n = list(methods),_metric(learn),_rounds(len(methods))
     for r in range(n if len(alive)>1 else 0):
-        rows = {}
-        for name in alive:
-            new = not t.row(name, r)
-            rows[name] = _tried(learn, dls, t, name, methods[name], r, budget/n/len(alive), **kwargs)
-            if new: print(_said(rows[name], metric, dls.valid.n), flush=True)
-        best = _best(metric, {k: o['score'] for k,o in rows.items()})
-        alive = sorted(best, key=lambda k: rows[k]['by_heart'])[:math.ceil(len(alive)/2)] # the sort is stable
+        rows = {k: _tried(learn, dls, t, k, methods[k], r, budget/n/len(alive), **kwargs) for k in alive}
+        alive = _best(metric, {k: o['score'] for k,o in rows.items()})[:math.ceil(len(alive)/2)]
         if math.isnan(rows[alive[0]]['score']): raise FloatingPointError(
             f"the pilots of {', '.join(rows)} have all diverged: try a lower rate or a longer warm-up")
     return alive[0]
@@ -134,53 +127,86 @@ def _halving(learn, dls, t, methods, budget, **kwargs):
 class TooShort(ValueError):
     "There is no time for pilots"
 
-def _affordable(learn, dls, t, methods, minutes, share):
-    "The candidates that there is time to try, the slowest left out. Raises `TooShort` unless there are two."
-    def least(k, a): return _seconds(_shortest(a), _epochs(learn, a, _measured(t, k, learn, a), 0., dls))
-    secs = {k: least(k, a) for k,a in methods.items()}
+_HOLDS,_TELLING = 0.9,1000 # Ratio of losses from which on SL alone is enough; images that tell candidates apart
+
+def _least(learn, dls, t, name, args):
+    "Seconds of the shortest pilot of a candidate"
+    return _seconds(_shortest(args), _epochs(learn, args, _measured(t, name, learn, args), 0., dls))
+
+def _after_sl(learn, dls, t, methods, budget, **kwargs):
+    "Candidates that are left after a pilot of SL alone, and why. Raises `TooShort` where there is no time for it."
+    alone = next((k for k,a in methods.items() if a.get('e_ssl')==0 and not a.get('rho')), None)
+    if alone is None or len(methods)<2: return list(methods), []
+    if (secs := _least(learn, dls, t, alone, methods[alone]))>budget: raise TooShort(
+        f"the shortest pilot of {alone} takes about {secs/60:.2g} minutes, and all pilots have {budget/60:.2g}: pass "
+        "more minutes, or a larger share")
+    ratio = _tried(learn, dls, t, alone, methods[alone], 0, budget/5, **kwargs)['loss_ratio']
+    if math.isnan(ratio): return [k for k in methods if k!=alone], [f"the pilot of {alone} has diverged"]
+    on = f"the loss of {alone} on its images is {ratio:.2f} of that on {dls.valid.n} others"
+    if ratio>=_HOLDS: return [alone], [f"{on}, so what it learns holds for them too"]
+    return [k for k in methods if k!=alone], [f"{on}, so it learns them by heart, and SSL is needed"]
+
+def _plan(learn, t, name, args, seconds):
+    "The longest plan of a candidate; None if there are too few seconds for one with all of its phases"
+    return _longest(args, _epochs(learn, args, _measured(t, name, learn, args), _valid_seconds(learn)), seconds)
+
+def _affordable(learn, dls, t, methods, budget):
+    "The candidates that there is time to try, the slowest left out"
+    secs = {k: _least(learn, dls, t, k, a) for k,a in methods.items()}
     names = sorted(methods, key=secs.get)
-    def needed(): return _rounds(len(names))*sum(map(secs.get, names))
-    while needed()>60*minutes*share:
-        if len(names)<3: raise TooShort(
-            f"minutes={minutes:g} is too short: the shortest pilots of {' and '.join(names)} take about "
-            f"{needed()/60:.2g} minutes, more than {share:.0%} of it. Pass more minutes, or a larger share")
-        names.pop()
-    if left := [k for k in methods if k not in names]: print(f"no time to try {', '.join(left)}", flush=True)
+    while names and _rounds(len(names))*sum(secs[k] for k in names)>budget: names.pop()
     return [k for k in methods if k in names]
+
+def _narrowed(learn, dls, t, methods, minutes, pilots, **kwargs):
+    "The candidates to be tried, or the one to be trained, and why. Raises `TooShort` where there is no time for any."
+    budget,n = 60*minutes*pilots,dls.valid.n
+    names,why = _after_sl(learn, dls, t, methods, budget, **kwargs)
+    if names==[o['method'] for o in t.rows]: return names, why
+    fit = [k for k in names if _plan(learn, t, k, methods[k], 60*minutes-t.spent)]
+    if not fit and t.rows: return [t.rows[0]['method']], [*why, f"there is no time for {' or '.join(names)}"]
+    if not fit: raise TooShort(f"minutes={minutes:g} is too short for an epoch of each phase of {' or '.join(names)}")
+    if len(names)==1: return names, why or ['there is no other candidate']
+    if n<_TELLING: return fit[:1], [*why, f"{n} images do not tell {', '.join(names)} apart, and the first is taken"]
+    tried = _affordable(learn, dls, t, {k: methods[k] for k in fit}, budget-t.spent)
+    if len(tried)<2: return fit[:1], [*why, f"there is no time to try {', '.join(names)}, and the first is taken"]
+    left = [k for k in names if k not in tried]
+    return tried, [*why, *[f"there is no time to try {', '.join(left)}"]*bool(left)]
 
 def _plain_args(args):
     "Arguments as JSON can hold them"
     def plain(v): return v if _is_plain(v) else _plain_args(v) if isinstance(v, dict) else repr(v)
     return {k: plain(v) for k,v in args.items()}
 
-def _why(t, metric, n, name, plan):
-    "A sentence"
-    last = {o['method']: o for o in t.rows}
-    if name not in last: return f"{name} is trained, {plan}: there is no other candidate."
+def _scores(t, metric, n, name):
+    "The pilots of the candidates that were tried, in words"
+    last = {o['method']: o for o in t.rows if o['method'] in t.names}
     own = last.pop(name)
     def said(rows): return ', '.join(f"{o['method']} {o['score']:.3f}" for o in rows)
     same,less = [[o for o in last.values() if (o['round']==own['round'])==b] for b in (True,False)]
-    known = [k for k,o in last.items() if o.get('by_heart')]
-    return (f"{name} is trained, {plan}: in pilots its {metric} is {own['score']:.3f} on {n} held-out images, " +
-            f"that of {said(same)}" + f"; after shorter ones {said(less)}"*bool(less) + '.' +
-            ''.join(f" {k} has learnt its images by heart: more of it would not help." for k in known))
+    return (f"in pilots its {metric} is {own['score']:.3f} on {n} held-out images, that of {said(same)}" +
+            f", after shorter ones {said(less)}"*bool(less))
 
 # %% ../../nbs/insight/08a_advise.ipynb #81c61e6f
 def _planned(o): return [o['e_ssl'], o['e_sl'], o['rho']]
 
 def _choose(learn, dls, t, methods, minutes, pilots, **kwargs):
     "Find out which candidate is the best, and what plan of it there is time for"
-    name = _halving(learn, dls, t, methods, 60*minutes*pilots, **kwargs)
-    args = methods[name]
-    secs = _epochs(learn, args, _measured(t, name, learn, args), _valid_seconds(learn))
-    plan = _longest(args, secs, 60*minutes-t.spent) or _shortest(args)
+    if not t.names:
+        t.names,t.why = _narrowed(learn, dls, t, methods, minutes, pilots, **kwargs)
+        t.save()
+    name,left = t.names[0],{k: methods[k] for k in t.names}
+    if len(left)>1:
+        spent = sum(o['seconds'] for o in t.rows if o['method'] not in left) # by SL alone
+        name = _halving(learn, dls, t, left, 60*minutes*pilots-spent, **kwargs)
+        t.why.append(_scores(t, _metric(learn), dls.valid.n, name))
+    plan = _plan(learn, t, name, methods[name], 60*minutes-t.spent) or _shortest(methods[name])
     t.chosen = dict(method=name, plan=[plan.e_ssl, plan.e_sl, plan.rho])
     t.save()
 
 @patch
 def fit_best(self:Learner,
     minutes:float, # For all, pilots included
-    methods:dict=None, # Arguments of `fit_mixtraining` by name; default: `candidates(learn)`
+    methods:dict=None, # Arguments of `fit_mixtraining` by name, the likeliest first; default: `candidates(learn)`
     pilots:float=0.25, # Share of the time for pilots, in (0,1)
     held_out:float=0.2, # Share of the labelled images that pilots are judged by, in (0,1)
     seed:int=0, # Of their draw
@@ -194,16 +220,14 @@ def fit_best(self:Learner,
     for k,v in dict(pilots=pilots, held_out=held_out).items():
         if not (isinstance(v, Real) and 0<v<1): raise ValueError(f"{k} must lie between 0 and 1, got {v!r}")
     if _ranks(self)[1]>1: raise ValueError("fit_best is for one process: call it outside of distrib_ctx")
-    metric = _metric(self.to_mix())
+    _metric(self.to_mix())
     methods,dls = methods or candidates(self),hold_out(self.dls, held_out, seed)
     _check_methods(methods, kwargs)
     call = _plain_args(dict(minutes=minutes, methods=methods, pilots=pilots, held_out=held_out, seed=seed) | kwargs)
     t = _trials(checkpoint, resume, call)
-    if not t.rows and len(methods)>1: t.names = _affordable(self, dls, t, methods, minutes, pilots)
-    if t.names: methods = {k: methods[k] for k in t.names}
     if not t.chosen: _choose(self, dls, t, methods, minutes, pilots, **kwargs)
     name,plan = t.chosen['method'],MixPlan(*t.chosen['plan'])
-    self.mix.advice,self.mix.why = pd.DataFrame(t.rows),_why(t, metric, dls.valid.n, name, plan)
+    self.mix.advice,self.mix.why = pd.DataFrame(t.rows),f"{name} is trained, {plan}: {'; '.join(t.why)}."
     tried = [_planned(o) for o in t.rows if o['method']==name]
     self.mix.chosen = dict(t.chosen, args=methods[name], pilots=tried, held_out=held_out, seed=seed)
     print(self.mix.why, flush=True)

@@ -32,9 +32,12 @@ from ..phases import MixPlan
 def candidates(
     learn:Learner, # Mix learner
 )->dict: # Arguments of `fit_mixtraining` by name
-    "What may be tried: SL alone, SSL+SL and MixTraining, by blends and by joint batches"
-    if getattr(learn.dls.train, 'opts', {}).get('ssl') is None: return METHODS | {'MixTraining': dict(rho=0.5)}
-    return METHODS | {'MixTraining': dict(rho=0.5, mix='blend'), 'MixTraining (joint)': dict(rho=0.5, mix='joint')}
+    "What may be tried: SL alone; then SSL+SL and MixTraining by blends and joint batches, the likeliest first"
+    own = {k: METHODS[k] for k in ('SL','SSL+SL')}
+    if getattr(learn.dls.train, 'opts', {}).get('ssl') is None: mixed = {'MixTraining': dict(rho=0.5)}
+    else: mixed = {'MixTraining (joint)': dict(rho=0.5, mix='joint'), 'MixTraining': dict(rho=0.5, mix='blend')}
+    if len(mixed)>1 and learn.mix.objective.views>1: return own | mixed # two views: joint batches fell behind
+    return {'SL': own['SL']} | mixed | own
 
 def _check_methods(methods, kwargs=()):
     "Raise `ValueError` on arguments that `fit_mixtraining` does not take, or that are not for the user to choose here"
@@ -145,13 +148,13 @@ def _piloting(learn, dls):
             learn.dls = own
             for dl,state in states: dl.load_state_dict(state) # all pilots see the same
 
-def _by_heart(history):
-    "Has SL alone learnt its images by heart, so that more of it would not help: is its loss a tenth of that on others?"
+def _loss_ratio(history):
+    "The loss of SL alone on its images as a share of that on others; nan for what is not SL alone"
     h = history.iloc[-1]
-    return bool((history.phase=='sl').all() and h.sl_loss < 0.1*h.valid_loss)
+    return float(h.sl_loss/h.valid_loss) if (history.phase=='sl').all() and h.valid_loss else math.nan
 
 def _pilot(learn, dls, args, plan, weights=None, seed=0, **kwargs):
-    "A short fit: its score, whether it is SL `_by_heart`, seconds by phase of a step, seconds in all; and weights"
+    "A short fit: its score, its `_loss_ratio`, seconds by phase of a step, seconds in all; and weights"
     with _piloting(learn, dls), torch.random.fork_rng():
         torch.manual_seed(seed)
         _load(learn, weights)
@@ -159,5 +162,5 @@ def _pilot(learn, dls, args, plan, weights=None, seed=0, **kwargs):
         learn.fit_mixtraining(**_as_planned(args, plan) | kwargs, cbs=_LastEpoch())
         n = {p: sum(k for (q,*_),k in learn.mix.n_steps.items() if q==p) for p in learn.mix.seconds}
         steps = {p: s/n[p] for p,s in learn.mix.seconds.items() if n[p]}
-        score,known = float(learn.mix.history[_metric(learn)].iloc[-1]),_by_heart(learn.mix.history)
-        return score, known, steps, time.perf_counter()-t, _weights(learn)
+        score,ratio = float(learn.mix.history[_metric(learn)].iloc[-1]),_loss_ratio(learn.mix.history)
+        return score, ratio, steps, time.perf_counter()-t, _weights(learn)

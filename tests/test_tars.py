@@ -132,3 +132,7 @@ def test_memory_does_not_grow(tmp_path):
         return mb
     small,large = peak(600),peak(6_000)
     assert large-small<25, f"{small} MB, and {large} MB" # decoded they would be 66 MB more
+
+def test_no_tar_and_two_places(tmp_path):
+    with pytest.raises(ValueError, match='tars must be the path or address of a tar, or a list of them, got none'): tar_images([])
+    with pytest.raises(ValueError, match='tars must be on one file system, got .*memory://two.tar'): tar_images([tmp_path/'one.tar', 'memory://two.tar'])

@@ -162,7 +162,10 @@ def _open_tars(
     "Images of tars, here or far away, none of which is read yet. Raises `ValueError`, or what fsspec raises."
     expand = _import_extra('braceexpand', 'data').braceexpand
     urls = [o for t in ([tars] if isinstance(tars, (str,Path)) else tars) for o in expand(str(t))]
-    fs,paths = fsspec.url_to_fs(urls[0])[0],[fsspec.url_to_fs(o)[1] for o in urls]
+    if not urls: raise ValueError("tars must be the path or address of a tar, or a list of them, got none")
+    systems,paths = zip(*map(fsspec.url_to_fs, urls))
+    if len({id(o) for o in systems})>1: raise ValueError(f"tars must be on one file system, got {urls}")
+    fs = systems[0]
     cache = _cache_folder(cache)
     parts = _threads().map(lambda o: _index(fs, o, label, cache), paths)
     parts = list(progress_bar(parts, total=len(paths), leave=False) if bar and len(paths)>1 else parts)

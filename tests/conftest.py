@@ -1,3 +1,4 @@
+import os; os.environ.setdefault('OMP_NUM_THREADS', '1') # else accelerate gives each process all cores, and two that share them wait for one another
 import matplotlib; matplotlib.use('Agg')
 import warnings
 from contextlib import contextmanager

@@ -63,23 +63,26 @@ def alone(folder):
     assert done.returncode==0, done.stderr
     return history(folder)
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
     def _make(name):
-        (tmp_path/name).mkdir()
-        (tmp_path/name/'script.py').write_text(SCRIPT)
-        return tmp_path/name
+        d = tmp_path_factory.mktemp(name)
+        (d/'script.py').write_text(SCRIPT)
+        return d
     return _make
+
+@pytest.fixture(scope='module')
+def peace(folder): return alone(folder('peace'))
 
 def ended(ps):
     outs = [p.communicate(timeout=300)[0] for p in ps]
     assert [p.returncode for p in ps]==[0,0], outs
 
-def test_two_hosts_train_as_one(hosts, folder):
+def test_two_hosts_train_as_one(hosts, folder, peace):
     both = folder('both')
     ps = [start(h, r, both, 'script.py', 0) for r,h in enumerate(hosts)]
     ended(ps)
-    same(history(both), alone(folder('one')))
+    same(history(both), peace)
 
 def test_a_folder_of_photos_by_accelerate(hosts, photos, tmp_path):
     "`accelerate launch` on each of two hosts, and one command for all"
@@ -89,7 +92,7 @@ def test_a_folder_of_photos_by_accelerate(hosts, photos, tmp_path):
     assert df.phase.tolist()==['ssl','mix','sl'] and df.valid_loss.notna().all()
     assert (tmp_path/'run'/'report.html').exists()
 
-def test_one_is_cut_off(hosts, folder):
+def test_one_is_cut_off(hosts, folder, peace):
     "The other says which within a minute, and the fit goes on on one host"
     d = folder('cut')
     ps = [start(h, r, d, 'script.py', 3) for r,h in enumerate(hosts)]
@@ -101,4 +104,4 @@ def test_one_is_cut_off(hosts, folder):
     assert ps[0].returncode and time.time()-t<60
     assert 'nothing has been heard of process 1 on' in out and '(10.77.0.2)' in out, out
     ps[1].kill()
-    same(alone(d), alone(folder('peace')))
+    same(alone(d), peace)

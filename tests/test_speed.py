@@ -162,9 +162,9 @@ def test_bench(tmp_path, monkeypatch, capsys):
     "The command measures, prints ratios first and writes JSON; bad arguments end it before that"
     from mixfast.bench import core as bench
     from mixfast.bench.peers import Work
-    monkeypatch.setattr(bench, 'CPU', Work(n=64, bs=16, dim=32, depth=2, heads=2, patch=8))
+    monkeypatch.setattr(bench, 'CPU', Work(n=32, bs=16, dim=32, depth=2, heads=2, patch=8))
     monkeypatch.setattr(bench, 'QUICK', dict(epochs=2))
-    monkeypatch.setattr(bench, 'import_rows', lambda n: [])
+    monkeypatch.setattr(bench, 'import_rows', lambda n: []) # its notebook runs it
     out = tmp_path/'bench.json'
     args = dict(bf16=False, compile=False, views=False)
     bench.main(True, **args, rounds=1, out=str(out))

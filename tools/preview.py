@@ -2,6 +2,7 @@
 import json, os, re, shutil
 from html import escape, unescape
 from pathlib import Path
+from subprocess import run
 import pypandoc
 from fastcore.nbio import nb_frontmatter, read_nb
 from fastcore.script import call_parse
@@ -55,10 +56,10 @@ def main(
         # MathML has no \tag: an equation's number stands behind it instead
         md = re.sub(r'\\tag\{(.*?)\}', r'\\qquad \\text{(\1)}', nb_md(nb, image))
         desc = re.sub('`(.+?)`', r'<code>\1</code>', escape(fms[nb].get('description', '')))
-        html = pypandoc.convert_text(md, 'html', format='markdown', extra_args=[
-            '--mathml', '--toc', f'--template={root}/tools/preview.html', f'--variable=title:{escape(pages[here])}',
+        cmd = [pypandoc.get_pandoc_path(), '--from=markdown', '--to=html', '--mathml', '--toc']
+        html = run(cmd + [f'--template={root}/tools/preview.html', f'--variable=title:{escape(pages[here])}',
             f'--variable=description:{desc}', f'--variable=nav:{sidebar(pages, here)}',
-            f'--variable=root:{"../"*(len(here.parents)-1)}'])
+            f'--variable=root:{"../"*(len(here.parents)-1)}'], input=md, text=True, capture_output=True, check=True).stdout
         found.append(dict(url=here.as_posix(), title=pages[here], text=words(html)))
         (out/here).write_text(relink(html, here, doc_url), encoding='utf-8')
     (out/'search.js').write_text(f'const searchPages = {json.dumps(found, ensure_ascii=False)}', encoding='utf-8')

@@ -43,6 +43,7 @@ class _Trials:
     why:list=field(default_factory=list) # What is to be said of that
     call:dict=None # What must be the same for them to go on
     timed:dict=field(default_factory=dict) # Seconds of a step by phase, by kind of mix phase
+    valid:float=None # Seconds of a pass over the images of validation
 
 @patch
 def row(self:_Trials, name, r):
@@ -148,7 +149,8 @@ def _after_sl(learn, dls, t, methods, budget, **kwargs):
 
 def _plan(learn, t, name, args, seconds):
     "The longest plan of a candidate; None if there are too few seconds for one with all of its phases"
-    return _longest(args, _epochs(learn, args, _measured(t, name, learn, args), _valid_seconds(learn)), seconds)
+    if t.valid is None: t.valid = _valid_seconds(learn)
+    return _longest(args, _epochs(learn, args, _measured(t, name, learn, args), t.valid), seconds)
 
 def _affordable(learn, dls, t, methods, budget):
     "The candidates that there is time to try, the slowest left out"

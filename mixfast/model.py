@@ -57,6 +57,7 @@ def _branches(feats, seen=None):
         return tree_map(one, feats)
     return branch(0),branch(1)
 
+# %% ../nbs/03_model.ipynb #6dbe7140
 class MixModel(nn.Module):
     "A model as the user made it, and an objective that shares its backbone: how they are wrapped during a fit"
     def __init__(self,

@@ -82,6 +82,7 @@ def _pets_split(root, name):
     rows = [l.split() for l in f.read_text().splitlines() if l.strip() and not l.startswith('#')]
     return [r[0] for r in rows], np.array([int(r[1])-1 for r in rows])
 
+# %% ../../nbs/data/07a_masks.ipynb #337b4760
 def oxford_pets(
     path, # Folder oxford-iiit-pet, or the one it is in
     size:int|tuple=128, # Height and width, pixels

@@ -45,6 +45,7 @@ def _sample(base, files, label):
     if label and label not in files: raise ValueError(f"sample {base} has no .{label}: it has {list(files)}")
     return kinds[0]
 
+# %% ../../nbs/data/01b_tars.ipynb #3182e6e8
 def _index_tar(fs, path, label):
     "Where the images of a tar begin, int64 [n], their bytes, int32 [n], and labels, strings. Raises `ValueError`."
     at,ys = [],[]
@@ -58,6 +59,7 @@ def _index_tar(fs, path, label):
     starts,sizes = np.array(at, np.int64).reshape(-1, 2).T
     return dict(starts=starts, sizes=sizes.astype(np.int32), labels=np.array(ys, str))
 
+# %% ../../nbs/data/01b_tars.ipynb #718582c7
 def _index(fs, path, label, cache):
     "The same, from the folder `cache` if it has been looked up before"
     key = hashlib.sha256(repr((1, path, fs.ukey(path), label)).encode()).hexdigest()[:32] # another file is another key
@@ -72,9 +74,6 @@ def _index(fs, path, label, cache):
     return res
 
 # %% ../../nbs/data/01b_tars.ipynb #8372b77a
-@lru_cache
-def _threads(): return ThreadPoolExecutor(32)
-
 class TarImages:
     "Images of tars as an array uint8 [N,H,W,C] that is nowhere: rows are read when they are asked for"
     dtype,device,ndim = torch.uint8,torch.device('cpu'),4
@@ -97,24 +96,6 @@ class TarImages:
         "As of an array [N,H,W,C]"
         return (len(self), *self.size, len(self.mode))
 
-    def take(self,
-        rows, # Which, int64 [n]
-    ): # `TarImages`
-        "A part of them; none is read"
-        res = copy(self)
-        res.tar,res.starts,res.sizes = self.tar[rows],self.starts[rows],self.sizes[rows]
-        return res
-
-    def like(self,
-        shape:tuple, # Height, width and channels: 1 or 3
-    ): # `TarImages`
-        "The same images, to be decoded at another size, grey or RGB. Raises `ValueError`."
-        *size,c = shape
-        if c not in (1,3): raise ValueError(f"images of tars are decoded as grey or RGB, not with {c} channels")
-        res = copy(self)
-        res.size,res.mode = tuple(size),'L' if c==1 else 'RGB'
-        return res
-
     def __getitem__(self, rows): return self.index_select(0, torch.arange(len(self))[rows])
     def new_empty(self,
         shape:tuple, # Of the array
@@ -123,7 +104,31 @@ class TarImages:
         "An array in memory of the same kind"
         return torch.empty(shape, dtype=self.dtype, device=device)
 
+# %% ../../nbs/data/01b_tars.ipynb #7e2cd0a5
+@patch
+def take(self:TarImages,
+    rows, # Which, int64 [n]
+): # `TarImages`
+    "A part of them; none is read"
+    res = copy(self)
+    res.tar,res.starts,res.sizes = self.tar[rows],self.starts[rows],self.sizes[rows]
+    return res
+
+@patch
+def like(self:TarImages,
+    shape:tuple, # Height, width and channels: 1 or 3
+): # `TarImages`
+    "The same images, to be decoded at another size, grey or RGB. Raises `ValueError`."
+    *size,c = shape
+    if c not in (1,3): raise ValueError(f"images of tars are decoded as grey or RGB, not with {c} channels")
+    res = copy(self)
+    res.size,res.mode = tuple(size),'L' if c==1 else 'RGB'
+    return res
+
 # %% ../../nbs/data/01b_tars.ipynb #9848305b
+@lru_cache
+def _threads(): return ThreadPoolExecutor(32)
+
 @patch
 def _name(self:TarImages, i):
     "Tar and name of an image, from the header in front of it"

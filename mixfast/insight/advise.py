@@ -74,6 +74,7 @@ def add(self:_Trials, row, weights):
     save_file(flat, self._file(row))
     self.save()
 
+# %% ../../nbs/insight/08a_advise.ipynb #1fbfb2e2
 def _trials(folder, resume, call=None):
     "Trials in a folder, those of an earlier process if they are to go on. Raises `ValueError` if there are others."
     if folder is None and resume: raise ValueError("resume=True needs checkpoint, the folder to resume from")
@@ -99,6 +100,7 @@ def _measured(t, name, learn, args):
     if (kind := args.get('mix')) not in t.timed: t.timed[kind] = _step_times(learn, args)
     return {p: min(s, own.get(p, s)) for p,s in t.timed[kind].items()}
 
+# %% ../../nbs/insight/08a_advise.ipynb #aadee65d
 def _tried(learn, dls, t, name, args, r, seconds, **kwargs):
     "The row of a pilot of about so many seconds, which is run if it has not been"
     if t.row(name, r): return t.row(name, r)
@@ -147,6 +149,7 @@ def _after_sl(learn, dls, t, methods, budget, **kwargs):
     if ratio>=_HOLDS: return [alone], [f"{on}, so what it learns holds for them too"]
     return [k for k in methods if k!=alone], [f"{on}, so it learns them by heart, and SSL is needed"]
 
+# %% ../../nbs/insight/08a_advise.ipynb #4a595210
 def _plan(learn, t, name, args, seconds):
     "The longest plan of a candidate; None if there are too few seconds for one with all of its phases"
     if t.valid is None: t.valid = _valid_seconds(learn)
@@ -159,6 +162,7 @@ def _affordable(learn, dls, t, methods, budget):
     while names and _rounds(len(names))*sum(secs[k] for k in names)>budget: names.pop()
     return [k for k in methods if k in names]
 
+# %% ../../nbs/insight/08a_advise.ipynb #09776684
 def _narrowed(learn, dls, t, methods, minutes, pilots, **kwargs):
     "The candidates to be tried, or the one to be trained, and why. Raises `TooShort` where there is no time for any."
     budget,n = 60*minutes*pilots,dls.valid.n
@@ -174,6 +178,7 @@ def _narrowed(learn, dls, t, methods, minutes, pilots, **kwargs):
     left = [k for k in names if k not in tried]
     return tried, [*why, *[f"there is no time to try {', '.join(left)}"]*bool(left)]
 
+# %% ../../nbs/insight/08a_advise.ipynb #4acee865
 def _plain_args(args):
     "Arguments as JSON can hold them"
     def plain(v): return v if _is_plain(v) else _plain_args(v) if isinstance(v, dict) else repr(v)
@@ -205,6 +210,7 @@ def _choose(learn, dls, t, methods, minutes, pilots, **kwargs):
     t.chosen = dict(method=name, plan=[plan.e_ssl, plan.e_sl, plan.rho])
     t.save()
 
+# %% ../../nbs/insight/08a_advise.ipynb #28108232
 @patch
 def fit_best(self:Learner,
     minutes:float, # For all, pilots included

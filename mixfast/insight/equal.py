@@ -51,6 +51,7 @@ def _versus(curve, row, name):
     return {name: a[both].mean(), 'SSL+SL': base[both].mean(), 'difference': d.mean(), '± se': se,
             'in se': d.mean()/se if se>1e-9 else math.nan, 'times faster': _cost_of(own, a[both].mean())/row.cost}
 
+# %% ../../nbs/insight/04a_equal.ipynb #478009c8
 def equal_cost(
     runs:pd.DataFrame, # Of `compare_methods`, with SSL+SL by its SSL epochs
     x:str='seconds', # The cost: 'seconds' or 'petaflop'

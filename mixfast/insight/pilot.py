@@ -153,6 +153,7 @@ def _loss_ratio(history):
     h = history.iloc[-1]
     return float(h.sl_loss/h.valid_loss) if (history.phase=='sl').all() and h.valid_loss else math.nan
 
+# %% ../../nbs/insight/08_pilot.ipynb #7cb055cb
 def _pilot(learn, dls, args, plan, weights=None, seed=0, **kwargs):
     "A short fit: its score, its `_loss_ratio`, seconds by phase of a step, seconds in all; and weights"
     with _piloting(learn, dls), torch.random.fork_rng():

@@ -33,6 +33,7 @@ def _whole(s):
     if n<1: raise argparse.ArgumentTypeError(f'must be a whole number from 1 up, got {s}')
     return n
 
+# %% ../../nbs/paper/05_cli.ipynb #007a097b
 def _parser(
     paper, # A `Paper`
 ):

@@ -169,6 +169,7 @@ def _target_kinds(
     kinds = [_kind_of(o) for o in ds[0][getattr(ds, 'n_inp', 1):]]
     return {k if kinds.count(k)==1 else f'{k}{i}': k for i,k in enumerate(kinds)}
 
+# %% ../../nbs/task/03_multi.ipynb #4bb5790a
 def target_vocabs(
     dls, # `MixDataLoaders`, or fastai's `DataLoaders`
 )->list: # Class names of each target; None where they are not known
@@ -179,6 +180,7 @@ def target_vocabs(
     vocabs = [getattr(tl, 'vocab', None) for tl in ds.tls[getattr(ds, 'n_inp', 1):]]
     return [codes if k.startswith('mask') else v for k,v in zip(_target_kinds(dls), vocabs)]
 
+# %% ../../nbs/task/03_multi.ipynb #77b9c561
 def default_tasks(
     dls, # `MixDataLoaders`, or fastai's `DataLoaders`
 ): # A `Task`, or a dict of them by name; None: the model's own head will do

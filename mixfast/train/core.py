@@ -54,6 +54,7 @@ def _or_exit(name, f):
         print(f'{name}: {e}', file=sys.stderr)
         sys.exit(2)
 
+# %% ../../nbs/train/08_core.ipynb #38075aec
 def _settings(photos, config, given):
     "What was typed, or what a config says and what was typed over it; and what was chosen there"
     given = {k:v for k,v in given.items() if v is not None}
@@ -64,6 +65,7 @@ def _settings(photos, config, given):
     used,new = cfg['used'],given | (dict(photos=photos) if photos else {})
     return replace(used, **new), cfg['chosen'] if not set(new)-{'photos','device'} else None
 
+# %% ../../nbs/train/08_core.ipynb #12dfd905
 def train_folder(
     s:JobSettings, # What to train on, and how
     out, # Folder of the run

@@ -85,6 +85,7 @@ def _loaded(s, found, cache, bar, n_workers):
     found.loc[files.difference(files[kept]), 'error'] = 'cannot be decoded'
     return ImageStore(x), found.assign(at=pd.Series(np.arange(len(kept)), files[kept]))
 
+# %% ../../nbs/train/04_job.ipynb #a2317851
 def _mask_store(s, found, cache, bar, n_workers):
     "Masks uint8 [n,H,W] and their rows; what was found, where a mask that cannot be read is none"
     rows = found.index[found['mask'].notna() & found['at'].notna()]
@@ -136,6 +137,7 @@ def _classes(found, masks):
     n = int(y.max(initial=0, where=y!=255))+1
     return [str(i) for i in range(max(n, 2))], (y,rows)
 
+# %% ../../nbs/train/04_job.ipynb #73f888db
 Job = namedtuple('Job', 'settings found dls learn')
 
 def prepare(
@@ -166,6 +168,7 @@ def _counts(found, most=8):
     n = found.label.value_counts().sort_index()
     return ', '.join(f'{k} {v}' for k,v in n.iloc[:most].items()) + f' and {len(n)-most} more classes'*(len(n)>most)
 
+# %% ../../nbs/train/04_job.ipynb #9985f8d0
 def _twins(found):
     "Lines on images that are nearly the same"
     t = found[found.twin.notna()]
@@ -180,6 +183,7 @@ def _twins(found):
                                  f"({differ.label.iloc[0]}) for instance")
     return lines
 
+# %% ../../nbs/train/04_job.ipynb #f2d51cb5
 def _known(job):
     "The line on labels: what was found"
     found,masks = job.found,job.settings.masks

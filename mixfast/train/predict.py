@@ -41,6 +41,7 @@ def _or_error(f, *args):
     try: return f(*args), None
     except Exception as e: return None, f'{type(e).__name__}: {e}'.replace('\n', ' ')
 
+# %% ../../nbs/train/03_predict.ipynb #517d5aae
 def _normalised(xs, about, device):
     "Images uint8 [H,W,C] as a batch for the model, float [B,C,H,W]"
     x = torch.from_numpy(np.stack(xs)).to(device).permute(0,3,1,2)
@@ -51,6 +52,7 @@ def _classes(m, about, xs, device):
     "Probabilities of images uint8 [H,W,C], float [B,classes]"
     return (m(_normalised(xs, about, device)).float()/about['temperature']).softmax(1).cpu().numpy()
 
+# %% ../../nbs/train/03_predict.ipynb #6630cde8
 def _read(f, about):
     "An image file as the model knows images, uint8 [H,W,C]"
     return _decode_image(f, tuple(about['size']), about['mode']).reshape(*about['size'], -1)
@@ -98,6 +100,7 @@ def _mask(m, about, f, device):
         res[:,t:b,l:r] += F.interpolate(p, (b-t,r-l), mode='bilinear')[0].cpu()
     return res.argmax(0).byte().numpy()
 
+# %% ../../nbs/train/03_predict.ipynb #416d03d8
 def _masks(m, about, photos, files, out, device):
     "Write the mask of each file; a row for each: the mask's file, error"
     for f in files:
@@ -116,6 +119,7 @@ def _saved_in(run):
         if (f/'config.json').exists() and (f/'model.safetensors').exists(): return f
     raise ValueError(f"{run} has no classifier/ and no segmenter/: has the run ended?")
 
+# %% ../../nbs/train/03_predict.ipynb #afdbfa3b
 def predict_folder(
     run, # Folder of a run, or of `save_trained`
     photos, # Folder of images

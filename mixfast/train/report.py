@@ -57,6 +57,7 @@ def _said(job, judged):
     return said + (f'<p>Probabilities: logits are divided by {judged.temperature:.2f}, found on these images; the '
                    f'calibration error that is left, on each half by the other, is {judged.error:.3f}.</p>')
 
+# %% ../../nbs/train/07_report.ipynb #35cbbe5a
 def _confused(job, judged, most=30):
     "The confusion matrix as a picture; of many classes the pairs that are confused most, as a table"
     vocab,m = [str(o) for o in job.dls.vocab],judged.confusion
@@ -124,6 +125,7 @@ def _pieces(job, judged):
     rows = [*asdict(s).items(), *learn.mix.settings['recipe'].items(), *package_versions().items()]
     yield 'Settings', _table(pd.DataFrame([(k,str(v)) for k,v in rows if v is not None], columns=['setting','value']))
 
+# %% ../../nbs/train/07_report.ipynb #1ef1277b
 def write_report(
     f, # HTML file to write
     job:Job, # With a trained learner

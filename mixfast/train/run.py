@@ -56,6 +56,7 @@ def _note(out, given, used, chosen=None):
     what |= dict(versions=package_versions(), commit=source_commit())
     _write_atomic(out/'config.json', json.dumps(what, indent=2).encode())
 
+# %% ../../nbs/train/05_run.ipynb #c0a93b81
 def _open(out, given, job, chosen, resume):
     "What is written before training"
     if not resume: _note(out, given, job.settings, chosen)
@@ -92,6 +93,7 @@ def _rates(job):
     def own(h): return h if h.opt=='sgd' else replace(h, lr=h.lr*256/job.settings.bs)
     return Recipe(own(r.ssl), own(r.sl))
 
+# %% ../../nbs/train/05_run.ipynb #2f4707cf
 def _without_trials(job, n=1):
     "The settings, with the longest plan of what photos gain most from where nothing is tried. Raises `ValueError`."
     name = 'SL' if job.dls.train.opts['ssl'] is None else 'SSL+SL'
@@ -106,6 +108,7 @@ def _planned(job, n=1):
     secs = job.learn.mix.step_seconds(n=3)['ssl']*len(phase_dl(job.dls, 'ssl', job.learn.mix.objective.views))/n
     return replace(s, e_ssl=max(int(60*s.minutes/secs), 1), e_sl=0, rho=0.)
 
+# %% ../../nbs/train/05_run.ipynb #bdd8b05b
 def _fit(job, chosen, *, checkpoint, resume, **kwargs):
     "Train by a plan, by what was chosen before, or by what is found to be the best; gives what is chosen now"
     s,learn = job.settings,job.learn

@@ -29,6 +29,7 @@ def _about(learn, kind, temperature):
     return dict(kind=kind, vocab=vocab, size=size, mode={1:'L', 3:'RGB'}[c], **_normalisation(learn.dls),
                 temperature=float(temperature))
 
+# %% ../../nbs/train/02_saved.ipynb #baae2a1f
 def _write_segmenter(m, folder):
     "The weights of a `TaskModel`, and what builds it anew"
     (name,task), = m.tasks.items()

@@ -34,6 +34,7 @@ def _none_found(path):
     return ValueError(f"no images in {path}, but {there}{what}: expected .jpg, .png, .tif, .webp, or what else Pillow "
                       "reads")
 
+# %% ../../nbs/train/00_scan.ipynb #12c25c01
 def _image_files(path, without=()):
     "Images in a folder and its subfolders, as paths relative to it, sorted. Raises `ValueError` if there are none."
     if not (path := Path(path)).is_dir(): raise ValueError(f"{path} is no folder")
@@ -73,6 +74,7 @@ def _read_table(f):
     except (OSError, ValueError, pd.errors.ParserError) as e:
         raise ValueError(f"{f} cannot be read as a table: {e}") from e
 
+# %% ../../nbs/train/00_scan.ipynb #084fc09a
 def _column(df, f, names, place):
     "The column of one of the `names`, or else the one at `place`. Raises `ValueError`."
     own = {str(c).strip().lower(): c for c in df.columns}
@@ -82,6 +84,7 @@ def _column(df, f, names, place):
         raise ValueError(f"{f} has no column {' or '.join(names)}, it has {', '.join(map(str, df.columns))}")
     return df.iloc[:,place]
 
+# %% ../../nbs/train/00_scan.ipynb #6dc355ac
 def _by_name(files):
     "The file that a name means: its path or its name, with or without the ending; None where that may be another"
     res = {}

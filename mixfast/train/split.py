@@ -39,6 +39,7 @@ def _whitened(
     norm = np.linalg.norm(v, axis=1, keepdims=True)
     return np.where(norm>2*size, v/np.maximum(norm, 1), 0) # a standard deviation of 2 of 255
 
+# %% ../../nbs/train/01_split.ipynb #b49fcecf
 def _same(x):
     "Pairs of images that are equal, int64 [pairs,2]: each with the first of its kind"
     first = {}
@@ -86,6 +87,7 @@ def _check_classes(labels):
     if few: raise ValueError(f"{', '.join(few[:5])}{' ...'*(len(few)>5)}: {_LEAST} labelled images of each class are "
                              "needed to train on some and to validate on others; label more, or leave such classes out")
 
+# %% ../../nbs/train/01_split.ipynb #df17ca8d
 def _bundled(labels, groups, rng, n=100):
     "The groups, where images of a large class that are alone are put together: `n` of a class are enough to choose"
     _,groups,size = np.unique(groups, return_inverse=True, return_counts=True)
@@ -95,6 +97,7 @@ def _bundled(labels, groups, rng, n=100):
         if (each := len(i)//n)>1: groups[i] = groups.max()+1 + np.arange(len(i))//each
     return groups
 
+# %% ../../nbs/train/01_split.ipynb #c33a04df
 def split_groups(
     labels, # A class for each image; all the same, if there are none
     groups, # A group for each, see `joined_groups`

@@ -23,7 +23,7 @@ pairs,held = near_pairs(store),split_groups(['a','b'], [0,1], 0.2)
 images = tar_images(['a.tar','b.tar'], size=(32,48), label=None, stream=True)
 others = stack_images([], size=(32,64)), hf_images('folder', size=32), mask_folder('images', 'masks', size=(64,96)), cifar10(Path('data')), digits(16)
 
-found = scan('photos', n_workers=2)
+found = scan('photos')
 job = prepare(JobSettings('photos', minutes=5, size=64), cache=Path('cache'))
 report = train_folder(JobSettings('photos', e_ssl=1, e_sl=1, rho=0.5), Path('run'))
 predictions = predict_folder('run', Path('more'), device='cpu')

@@ -9,13 +9,11 @@ __all__ = ['scan']
 
 # %% ../../nbs/train/00_scan.ipynb #dafa7610
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np, pandas as pd
 from fastai.data.transforms import get_files
-from fastcore.basics import chunked, defaults
 from PIL import Image
 
 # %% ../../nbs/train/00_scan.ipynb #390420fe
@@ -138,7 +136,6 @@ def scan(
     masks=None, # Folder of masks with the names of their images
     group:str=None, # Column of `labels` whose images stay on one side of a split
     without=(), # Folders that are not looked at
-    n_workers:int=None, # Threads that read; default: a core each
 )->pd.DataFrame: # A row an image: file, label, split, group, mask, width, height, mode, error; None is missing
     "What lies in a folder. Raises `ValueError` where that is nothing, or `labels` and `masks` do not go with it."
     if labels is not None and masks is not None: raise ValueError("pass labels or masks, not both")
@@ -150,7 +147,5 @@ def scan(
     if labels is not None: found['label'],found['group'] = _table_labels(files, labels, group)
     elif masks is not None: found['mask'] = _mask_files(files, masks)
     else: found['label'],found['split'] = _folder_labels(files, _is_split(path))
-    with ThreadPoolExecutor(n_workers or defaults.cpus) as ex:
-        heads = [o for part in ex.map(lambda fs: [_head(path/f) for f in fs], chunked(files, 256)) for o in part]
-    heads = dict(zip(('width','height','mode','error'), map(list, zip(*heads))))
+    heads = dict(zip(('width','height','mode','error'), map(list, zip(*[_head(path/f) for f in files]))))
     return pd.DataFrame(found | heads, dtype=object)

@@ -1,25 +1,14 @@
 "Runs as jobs of a cluster, by submitit's local executor: a worker that is killed, nothing run twice, nothing lost"
-import os, signal
-from dataclasses import dataclass
+import os
 from functools import partial
 import pytest
 from mixfast.all import DeadJobs, on_cluster
 from mixfast.paper.records import missing_runs, read_records, run_missing
+from squares import Square, run
 pytest.importorskip('submitit')
 
-@dataclass(frozen=True)
-class Square:
-    paper = 'squares'
-    n:int
-
-def run(folder, die, e, seed):
-    "Leave a trace, and give a record; or be killed, as by the machine"
-    with open(folder/f'{e.n}_{seed}', 'a') as f: f.write('.')
-    if die and seed==1: os.kill(os.getpid(), signal.SIGKILL)
-    return dict(paper='squares', exp=dict(n=e.n), seed=seed, scale='tiny', bf16=True, accuracy=e.n**2)
-
 def test_a_killed_worker(tmp_path, monkeypatch):
-    monkeypatch.setenv('PYTHONPATH', os.path.dirname(__file__)) # jobs import this file
+    monkeypatch.setenv('PYTHONPATH', os.path.dirname(__file__)) # jobs import squares.py
     (traces := tmp_path/'traces').mkdir()
     call = partial(run_missing, [Square(2), Square(3)], out=tmp_path/'out', seeds=2, scale='tiny')
     with on_cluster('local', tmp_path/'jobs', timeout_min=5):

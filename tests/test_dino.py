@@ -19,7 +19,7 @@ small = partial(DINO, out=12, hidden=16, dim=8)
 def ready(cnn=False, size=16, **kwargs):
     "An objective in training, and its backbone"
     set_seed(0)
-    arch,kw = ('resnet10t',dict(in_chans=1)) if cnn else (TINY['arch'], dict(TINY, dynamic_img_size=True, img_size=size, in_chans=1, num_classes=3))
+    arch,kw = ('test_resnet',dict(in_chans=1)) if cnn else (TINY['arch'], dict(TINY, dynamic_img_size=True, img_size=size, in_chans=1, num_classes=3))
     net = timm.create_model(kw.pop('arch', arch), **kw)
     o = small(**kwargs)
     o.setup(net, torch.zeros(2, 1, size, size))
@@ -176,7 +176,7 @@ def test_the_teacher_costs_a_pass(make):
 @pytest.mark.parametrize('cnn', [False, True])
 def test_small_crops(cnn, make):
     "A pass for each size; the teacher sees large views; the supervised head reads the first of them"
-    kw = dict(arch='resnet10t', c=3) if cnn else dict(patch_size=8)
+    kw = dict(arch='test_resnet', c=3) if cnn else dict(patch_size=8)
     learn = make(objective=small(local_views=3), size=32, **kw)
     seen = {'student':[], 'teacher':[]}
     for k,m in dict(student=learn.model, teacher=learn.mix.objective.teacher.copies[0]).items():

@@ -189,7 +189,7 @@ def bn_learner(bs):
 
 def test_batch_norm(launch):
     "Statistics are those of the first process, everywhere; without validation too"
-    def new(bs): return mix_learner(mix_dls(images(24, 16, 3), bs=bs, seed=3), 'resnet10t', AE)
+    def new(bs): return mix_learner(mix_dls(images(24, 16, 3), bs=bs, seed=3), 'test_resnet', AE)
     check_alike(launch(partial(fit, world=2, make_learn=new), 2))
 
 @pytest.mark.parametrize('on_nan', ['stop','skip'])

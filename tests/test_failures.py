@@ -101,7 +101,7 @@ def check_goes_on(new, tmp_path, **kwargs):
 
 def test_batch_normalisation_of_one_image(make):
     "What torch cannot do is said with the argument to change"
-    learn = make(dls=mix_dls(images(17), bs=8, drop_last=False), arch='resnet10t')
+    learn = make(dls=mix_dls(images(17), bs=8, drop_last=False), arch='test_resnet')
     with pytest.raises(ValueError, match='bs: a batch of one image is too small for the batch normalisation .* drop_last=True'): learn.fit_ssl(1)
     assert learn.mix.phase is None
     with pytest.raises(ValueError, match='bs: the last of the batches of 8 has one image of 17, too small for the batch normalisation'): learn.fit_mixtraining(1, 1)

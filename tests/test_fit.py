@@ -468,12 +468,12 @@ def test_more_bad_input(make, tmp_path):
     assert torch.isfinite(mix_dls((np.zeros_like(x),y), bs=4).one_batch()[0]).all()
     assert mix_dls(ssl=x, valid=(x,y)).vocab==['0','1','2']
     with pytest.raises(TypeError, match='are for timm.create_model'):
-        mix_learner(mix_dls((x,y)), timm.create_model('resnet10t', in_chans=1, num_classes=3), patch_size=4)
-    learn = mix_learner(mix_dls(images(6, 32, 3)), 'resnet10t', img_size=32)
+        mix_learner(mix_dls((x,y)), timm.create_model('test_resnet', in_chans=1, num_classes=3), patch_size=4)
+    learn = mix_learner(mix_dls(images(6, 32, 3)), 'test_resnet', img_size=32)
     assert find_layout(learn.model, learn.dls.one_batch()[0]).grid==(1,1)
     loader = torch.utils.data.DataLoader([(torch.zeros(3,32,32),0)]*4, batch_size=2)
     with pytest.raises(TypeError, match="fastai's DataLoader"):
-        Learner(DataLoaders(loader, loader), timm.create_model('resnet10t', num_classes=3), loss_func=CrossEntropyLossFlat()).fit_mixtraining(1,1)
+        Learner(DataLoaders(loader, loader), timm.create_model('test_resnet', num_classes=3), loss_func=CrossEntropyLossFlat()).fit_mixtraining(1,1)
 
 def test_choosing_an_objective_for_a_frozen_learner(tmp_path):
     learn = vision_learner(file_dls(tmp_path), 'resnet18', pretrained=False)

@@ -24,7 +24,7 @@ def ready(method, cnn=False, size=16, px=8, **kwargs):
     "Hard Augment around a method, in training; its backbone; views of five images"
     set_seed(0)
     kw = dict(num_classes=3) if cnn else dict(TINY, dynamic_img_size=True, img_size=size, num_classes=3)
-    net = timm.create_model(kw.pop('arch', 'resnet10t'), **kw)
+    net = timm.create_model(kw.pop('arch', 'test_resnet'), **kw)
     xs = torch.randn(kwargs.get('n', 6), 5, 3, size, size).unbind()
     return set_up(HardAugment(method, size=px, **kwargs), net, xs[0]).train(),net.train(),xs
 
@@ -169,7 +169,7 @@ def test_fits(make, name):
     torch.testing.assert_close(out, learn.model(torch.stack(xs)[ij[0],torch.arange(8)]), atol=1e-5, rtol=1e-4)
 
 def test_a_cnn_with_extra_targets(make):
-    learn = make(objective=HardAugment(METHODS['byol'](), n=3, size=16, extra_target=True), arch='resnet10t', size=32, c=3)
+    learn = make(objective=HardAugment(METHODS['byol'](), n=3, size=16, extra_target=True), arch='test_resnet', size=32, c=3)
     learn.fit_mixtraining(2, 2, rho=0.5, recipe=HOT)
     assert learn.mix.history.ssl_loss[:2].notna().all()
 
@@ -205,7 +205,7 @@ def test_all_is_passed_on():
 @pytest.mark.parametrize('cnn', [False, True])
 def test_a_sum_shares_a_pass(make, cnn):
     "A column for each loss; supervised heads read the first view; a teacher within follows"
-    kw = dict(arch='resnet10t', size=32, c=3) if cnn else {}
+    kw = dict(arch='test_resnet', size=32, c=3) if cnn else {}
     learn = make(objective=Sum(AE(dim=8) if cnn else MAE(), METHODS['byol'](momentum=0.5), weights=(0.5,2)), **kw)
     o,one = learn.mix.objective,'ae' if cnn else 'mae'
     first,n,before = learn.model.conv1[0] if cnn else learn.model.patch_embed,[],state(o.inner[1].teacher)

@@ -5,7 +5,7 @@ from fastai.vision.all import ImageDataLoaders, Learner, PILImage, accuracy, res
 from mixfast.all import mix_dls
 from conftest import TINY, images, same, state
 
-@pytest.mark.parametrize('kwargs', [dict(global_pool='avg', class_token=False), dict(arch='resnet10t', size=32, c=3)])
+@pytest.mark.parametrize('kwargs', [dict(global_pool='avg', class_token=False), dict(arch='test_resnet', size=32, c=3)])
 def test_save_backbone(make, tmp_path, kwargs):
     "By checkpoint_path and by local-dir:, strictly, the same predictions; how to normalise, the classes, and a card"
     learn = make(**kwargs)
@@ -33,7 +33,7 @@ def test_a_vision_learner(tmp_path):
     "With timm in it, its features; without, an error"
     for i,(x,y) in enumerate(zip(*images(16, 32))): PILImage.create(x[...,0]).save(tmp_path/f'{y}_{i}.png')
     dls = ImageDataLoaders.from_name_func(tmp_path, sorted(tmp_path.glob('*.png')), lambda f: f[0] if isinstance(f, str) else f.name[0], bs=4, num_workers=0)
-    learn = vision_learner(dls, 'resnet10t', pretrained=False).to_mix()
+    learn = vision_learner(dls, 'test_resnet', pretrained=False).to_mix()
     folder = learn.mix.save_backbone(tmp_path/'out')
     m = timm.create_model(f'local-dir:{folder}', pretrained=True)
     assert same(m.state_dict(), learn.model[0].model.state_dict())

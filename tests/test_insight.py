@@ -25,7 +25,7 @@ def test_knn_against_sklearn():
     assert (knn_predict(f(a), torch.tensor(y), f(q), 5, k=20).numpy()==ref).mean() > 0.999
     assert torch.equal(knn_predict(f(a), torch.tensor(y), f(q), 5, k=300), knn_predict(f(a), torch.tensor(y), f(q), 5, k=10**6)) # capped
 
-@pytest.mark.parametrize('arch', [None, 'resnet10t'])
+@pytest.mark.parametrize('arch', [None, 'test_resnet'])
 def test_embed(make, arch):
     "Mean over places; in order; the model as it was"
     learn = make(n=20, arch=arch, size=32 if arch else 8)
@@ -40,7 +40,7 @@ def test_embed(make, arch):
 
 def test_another_image_size(make):
     "kNN, embed, probe and cosines at 48 pixels after a setup at 32: the layout comes with the features"
-    for kw in (dict(arch='resnet10t'), dict(patch_size=8)):
+    for kw in (dict(arch='test_resnet'), dict(patch_size=8)):
         learn = make(n=24, size=32, **kw)
         f = embed(learn, learn.dls.valid)[0]
         learn.dls = mix_dls(images(24, 48), images(9, 48, seed=1), bs=8)

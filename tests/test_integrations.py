@@ -43,7 +43,7 @@ def outputs(learn):
 def segmenter(make):
     x,y = images(16, 32, 3)
     masks = (x[...,0]>128).astype(np.uint8)
-    learn = mix_learner(mix_dls((x,masks), (x[:4],masks[:4]), vocab=['dark','light'], bs=4), 'resnet10t', task=Segment())
+    learn = mix_learner(mix_dls((x,masks), (x[:4],masks[:4]), vocab=['dark','light'], bs=4), 'test_resnet', task=Segment())
     learn.fit_mixtraining(1, 1)
     return learn
 

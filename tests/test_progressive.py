@@ -43,7 +43,7 @@ def test_sizes_of_steps(make, mix, told):
     "Within an epoch too; loaders that can be told, and others"
     seen,sp = Sizes(),SuperProgressive(16, 32, stages=3, unit=8, warmup_epochs=0.5, mix=mix)
     kwargs = dict(objective=Agree, dls=views_dls(ssl_tfms=[view_tfms('simclr')])) if told else dict(objective=AE, dls=views_dls())
-    learn = make(arch='resnet10t', **kwargs)
+    learn = make(arch='test_resnet', **kwargs)
     learn.fit_mixtraining(4, 3, rho=0.5, recipe=HOT, cbs=[sp, seen])
     n = 4 if mix else 3
     want = [progressive_at(i/3, n, 0.5, (16,24,32), (3,7)) for i in range(3*n)] + [(32,5)]*(3*(6-n))
@@ -87,7 +87,7 @@ def test_resume(make, tmp_path, told, objective, recipe):
 def test_restored(make):
     "Whatever ends a fit, views are as they were; and the next one begins anew"
     dls = views_dls(ssl_tfms=[view_tfms('simclr', size=24, magnitude=4)])
-    learn,sp = make(arch='resnet10t', objective=Agree, dls=dls),SuperProgressive(16, warmup_epochs=0)
+    learn,sp = make(arch='test_resnet', objective=Agree, dls=dls),SuperProgressive(16, warmup_epochs=0)
     v = learn.dls.train.phase('ssl', 2).view_tfms
     with pytest.raises(RuntimeError, match='died'): learn.fit_ssl(3, cbs=[sp, Die(2)])
     assert (v.size,v.magnitude)==(24,4) and sp.sizes==(16,24)
@@ -98,7 +98,7 @@ def test_restored(make):
 
 def test_accumulated_gradients(make):
     seen = Sizes()
-    make(arch='resnet10t', objective=AE, dls=views_dls()).fit_ssl(3, cbs=[SuperProgressive(16, warmup_epochs=0), GradientAccumulation(16), seen])
+    make(arch='test_resnet', objective=AE, dls=views_dls()).fit_ssl(3, cbs=[SuperProgressive(16, warmup_epochs=0), GradientAccumulation(16), seen])
     assert {o[1] for o in seen.train}=={16,24,32}
 
 def test_two_processes(launch):
@@ -112,7 +112,7 @@ def test_small_views_follow(make):
     xs = torch.rand(2, 3, 224, 224),torch.rand(2, 3, 96, 96)
     assert [o.shape[-1] for o in _shrunk(xs, 160)]==[160,64] and _shrunk(torch.rand(1, 3, 48, 64), 32).shape[-2:]==(24,32)
 
-@pytest.mark.parametrize('kwargs,dynamic,sizes,anew', [(dict(), False, (8,12,16), (8,12,16)), (dict(arch='resnet10t', objective=SimSiam(16, 8)), None, (16,24,32), (16,24))])
+@pytest.mark.parametrize('kwargs,dynamic,sizes,anew', [(dict(), False, (8,12,16), (8,12,16)), (dict(arch='test_resnet', objective=SimSiam(16, 8)), None, (16,24,32), (16,24))])
 def test_compiled(make, kwargs, dynamic, sizes, anew):
     "Nothing is compiled again within a stage; by default the second size is the last to be compiled for, with a validation in between"
     n = [0]
@@ -149,7 +149,7 @@ def test_a_model_of_one_size(tmp_path):
 
 def test_as_a_class(make):
     seen = Sizes()
-    make(arch='resnet10t', objective=AE, dls=views_dls()).fit_ssl(4, recipe=HOT, cbs=[SuperProgressive, seen])
+    make(arch='test_resnet', objective=AE, dls=views_dls()).fit_ssl(4, recipe=HOT, cbs=[SuperProgressive, seen])
     assert min(o[1] for o in seen.train)==16
 
 # ---- lr_find

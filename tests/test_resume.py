@@ -43,7 +43,7 @@ def test_kill_9(tmp_path):
         assert kills.child(lambda: kills.fit(folder, seed=9)) and (folder/'digest').read_text()==want, traps
         assert sorted(f.suffix for f in folder.glob('[!.]*'))==['','.json','.pt','.pt']
 
-@pytest.mark.parametrize('kwargs', [dict(objective=MAE(visible_only='mix')), dict(arch='resnet10t', size=32, c=3, objective=AE), dict(drop_path_rate=0.3)])
+@pytest.mark.parametrize('kwargs', [dict(objective=MAE(visible_only='mix')), dict(arch='test_resnet', size=32, c=3, objective=AE), dict(drop_path_rate=0.3)])
 def test_models(make, tmp_path, kwargs):
     new = lambda seed: make(seed=seed, n=40, ssl=images(30, kwargs.get('size', 8), kwargs.get('c', 1), seed=3)[0], **kwargs)
     check_resumed(new, tmp_path/'run', (4,7,7), every_steps=2)

@@ -113,8 +113,8 @@ def test_two_heads():
     for i,k in enumerate(y): m[i, k*2:k*2+2] = 1
     dls = tensor_dls(y, m)
     dls.n_inp = 1
-    body = timm.create_model('resnet10t', num_classes=0, global_pool='')
-    learn = quiet(Learner(dls, nn.Sequential(body, Heads(512)), loss_func=two_losses, metrics=class_accuracy))
+    body = timm.create_model('test_resnet', num_classes=0, global_pool='')
+    learn = quiet(Learner(dls, nn.Sequential(body, Heads(body.num_features)), loss_func=two_losses, metrics=class_accuracy))
     n = []
     body.conv1[0].register_forward_hook(lambda *_: n.append(learn.mix.phase) if body.training else None)
     learn.fit_mixtraining(**FIT)
@@ -129,7 +129,7 @@ weights = torch.tensor([0.2, 1., 2.])
     (F.one_hot(torch.arange(24)%3).float(), BCEWithLogitsLossFlat(), 3), ((torch.arange(24)%2).float(), BCEWithLogitsLossFlat(), 1),
     (torch.arange(24)%3, LabelSmoothingCrossEntropyFlat(), 3), (torch.arange(24)%3, CrossEntropyLossFlat(label_smoothing=0.1), 3),
     (torch.arange(24)%3, CrossEntropyLossFlat(weight=weights), 3), (torch.rand(24), MSELossFlat(), 1), (torch.rand(24, 4), MSELossFlat(), 4), (torch.rand(24, 2), L1LossFlat(), 2)])
-@pytest.mark.parametrize('arch', ['vit','resnet10t'])
+@pytest.mark.parametrize('arch', ['vit','test_resnet'])
 def test_losses(y, loss, n_out, arch):
     "The loss function is the user's own, before, within and after; what it gives is what is recorded"
     set_seed(0)
@@ -149,7 +149,7 @@ def test_losses(y, loss, n_out, arch):
     (torch.rand(24, 4), MSELossFlat(), 3, r'the head, Linear, predicts \[2, 3\] for 2 images, and .* cannot compare that with targets \(\[2, 4\]\)'),
     (torch.arange(24)%3, CrossEntropyLossFlat(reduction='none'), 3, r"loss_func must give a scalar, got \[2\]: use reduction='mean'")])
 def test_losses_that_do_not_fit(y, loss, n_out, says):
-    learn = quiet(mix_learner(tensor_dls(y), 'resnet10t', n_out=n_out, loss_func=loss))
+    learn = quiet(mix_learner(tensor_dls(y), 'test_resnet', n_out=n_out, loss_func=loss))
     with pytest.raises(ValueError, match=says): learn.fit_mixtraining(1, 1)
 
 # ---- sizes that change
@@ -161,7 +161,7 @@ class Grow(Callback):
         if self.epoch%2: self.learn.xb = (F.interpolate(self.xb[0], size=(48,48)),)
 
 @pytest.mark.parametrize('arch,objective,kw', [('vit_tiny_patch16_224', MAE, dict(patch_size=8, embed_dim=32, depth=2, num_heads=2)),
-    ('vit_tiny_patch16_224', MAE(visible_only='mix'), dict(patch_size=8, embed_dim=32, depth=2, num_heads=2)), ('resnet10t', AE, {}), ('resnet10t', MAE, dict(output_stride=8))])
+    ('vit_tiny_patch16_224', MAE(visible_only='mix'), dict(patch_size=8, embed_dim=32, depth=2, num_heads=2)), ('test_resnet', AE, {}), ('test_resnet', MAE, dict(output_stride=8))])
 def test_sizes_change_between_epochs(make, arch, objective, kw):
     dls = mix_dls(images(24, 32, 3), images(9, 32, 3, seed=1), bs=8, seed=0)
     set_seed(0)
@@ -170,7 +170,7 @@ def test_sizes_change_between_epochs(make, arch, objective, kw):
     h = learn.mix.history
     assert h.phase.tolist()==PHASES and h.train_loss.notna().all() and h.valid_loss.notna().all()
 
-@pytest.mark.parametrize('arch,objective,kw', [('vit_tiny_patch16_224', MAE, dict(patch_size=8, embed_dim=32, depth=2, num_heads=2)), ('resnet10t', AE, {})])
+@pytest.mark.parametrize('arch,objective,kw', [('vit_tiny_patch16_224', MAE, dict(patch_size=8, embed_dim=32, depth=2, num_heads=2)), ('test_resnet', AE, {})])
 def test_32_then_48_px(arch, objective, kw):
     "In one process: objective, classifier and neighbours, after new data of another size"
     set_seed(0)
@@ -257,7 +257,7 @@ def test_old_names_are_accepted(make):
     with pytest.warns(FutureWarning, match='learn.model.backbone is called learn.model now'): assert learn.model.backbone is learn.model
 
 def test_compile_is_for_mix_learners():
-    learn = Learner(mix_dls(images(24, 32, 3), bs=8), timm.create_model('resnet10t', num_classes=3), loss_func=CrossEntropyLossFlat())
+    learn = Learner(mix_dls(images(24, 32, 3), bs=8), timm.create_model('test_resnet', num_classes=3), loss_func=CrossEntropyLossFlat())
     with pytest.raises(TypeError, match=r'call learn.to_mix\(\) first'): learn.compile()
     assert not any(m._compiled_call_impl for m in learn.model.modules())
 
@@ -322,5 +322,5 @@ def test_a_last_batch_of_one_image(make, kwargs, says):
     assert says is None or learn.mix.rows==[]
 
 def test_views_need_loaders_that_make_them():
-    learn = quiet(mix_learner(tensor_dls(torch.arange(24)%3), 'resnet10t', SimSiam(), n_out=3, loss_func=CrossEntropyLossFlat()))
+    learn = quiet(mix_learner(tensor_dls(torch.arange(24)%3), 'test_resnet', SimSiam(), n_out=3, loss_func=CrossEntropyLossFlat()))
     with pytest.raises(ValueError, match='objective needs 2 views of each image: use mix_dls, or a MixBlock'): learn.fit_mixtraining(1, 1)

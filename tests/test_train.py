@@ -21,7 +21,7 @@ def run(photos, tmp_path, monkeypatch):
     "A function that trains into a folder of a name"
     monkeypatch.setattr(advise, '_least', lambda *_: 0.) # pilots may be longer than there is time for
     def _run(out='run', cbs=None, chosen=None, path=photos, **kw):
-        s = JobSettings(str(path), **(dict(minutes=0.02, objective='ae', device='cpu') | kw))
+        s = JobSettings(str(path), **(dict(minutes=0.02, objective='ae', model='test_resnet', device='cpu') | kw))
         return train_job(s, tmp_path/out, chosen, tmp_path/'cache', False, cbs, lambda _: None)
     return _run
 

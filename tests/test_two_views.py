@@ -107,7 +107,7 @@ def test_views_by_name_and_of_the_wrong_kind():
 
 def test_a_last_batch_of_one_is_refused_at_the_call():
     "Two views of it are two rows: without this the SL phase would fail after all of SSL"
-    learn = learner(SimSiam(16, 8), 'resnet10t', drop_last=False, n=17)
+    learn = learner(SimSiam(16, 8), 'test_resnet', drop_last=False, n=17)
     with pytest.raises(ValueError, match='the last of the batches of 8 has one image of 17'): learn.fit_mixtraining(2, 2)
     assert not learn.mix.rows
     learner(SimSiam(16, 8, norm=False), drop_last=False, n=17).fit_mixtraining(1, 1) # a transformer does not mind

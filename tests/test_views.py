@@ -316,7 +316,7 @@ def test_other_objectives(make, tmp_path):
     for f in (lambda: phase_dl(own, 'ssl', 2, 'simclr'), lambda: valid_dl(own, 2, 'simclr')):
         with pytest.raises(ValueError, match='objective needs 2 views of each image: use mix_dls, or a MixBlock'): f()
     assert phase_dl(own, 'ssl', 1, 'simclr') is own.train
-    learn = mix_learner(own, 'resnet10t', Pull())
+    learn = mix_learner(own, 'test_resnet', Pull())
     for fit in (learn.fit_ssl, lambda e: learn.fit_mixtraining(e, e, rho=1)):
         with pytest.raises(ValueError, match='objective needs 2 views of each image: use mix_dls, or a MixBlock'): fit(1)
 

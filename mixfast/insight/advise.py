@@ -163,20 +163,28 @@ def _affordable(learn, dls, t, methods, budget):
     return [k for k in methods if k in names]
 
 # %% ../../nbs/insight/08a_advise.ipynb #09776684
+def _told_apart(learn, dls, t, methods, budget):
+    "The candidates that pilots will tell apart, and why not all; the first one, if they will not"
+    names,n = list(methods),dls.valid.n
+    if len(names)==1: return names, []
+    if n<_TELLING: return names[:1], [f"{n} images do not tell {', '.join(names)} apart, and the first is taken"]
+    tried = _affordable(learn, dls, t, methods, budget)
+    if len(tried)<2: return names[:1], [f"there is no time to try {', '.join(names)}, and the first is taken"]
+    left = [k for k in names if k not in tried]
+    return tried, [f"there is no time to try {', '.join(left)}"]*bool(left)
+
 def _narrowed(learn, dls, t, methods, minutes, pilots, **kwargs):
     "The candidates to be tried, or the one to be trained, and why. Raises `TooShort` where there is no time for any."
-    budget,n = 60*minutes*pilots,dls.valid.n
+    budget = 60*minutes*pilots
     names,why = _after_sl(learn, dls, t, methods, budget, **kwargs)
     if names==[o['method'] for o in t.rows]: return names, why
-    fit = [k for k in names if _plan(learn, t, k, methods[k], 60*minutes-t.spent)]
-    if not fit and t.rows: return [t.rows[0]['method']], [*why, f"there is no time for {' or '.join(names)}"]
-    if not fit: raise TooShort(f"minutes={minutes:g} is too short for an epoch of each phase of {' or '.join(names)}")
-    if len(names)==1: return names, why or ['there is no other candidate']
-    if n<_TELLING: return fit[:1], [*why, f"{n} images do not tell {', '.join(names)} apart, and the first is taken"]
-    tried = _affordable(learn, dls, t, {k: methods[k] for k in fit}, budget-t.spent)
-    if len(tried)<2: return fit[:1], [*why, f"there is no time to try {', '.join(names)}, and the first is taken"]
-    left = [k for k in names if k not in tried]
-    return tried, [*why, *[f"there is no time to try {', '.join(left)}"]*bool(left)]
+    fit = {k: methods[k] for k in names if _plan(learn, t, k, methods[k], 60*minutes-t.spent)}
+    if not (fit or t.rows): raise TooShort(
+        f"minutes={minutes:g} is too short for an epoch of each phase of {' or '.join(names)}")
+    if left := [k for k in names if k not in fit]: why = [*why, f"there is no time for {' or '.join(left)}"]
+    if not fit: return [t.rows[0]['method']], why # SL alone, which was tried
+    tried,more = _told_apart(learn, dls, t, fit, budget-t.spent)
+    return tried, [*why, *more] or ['there is no other candidate']
 
 # %% ../../nbs/insight/08a_advise.ipynb #4acee865
 def _plain_args(args):

@@ -192,6 +192,14 @@ def test_unet():
     fit(learn)
     assert learn.mix.history.phase.tolist()==['ssl','mix','sl'] and learn.mix.history.miou.iloc[-1]>0
 
+def test_targets_to_validate_on_in_another_order():
+    "They are the same by their names"
+    x,y = scenes(8)
+    a,b = [mix_dls((x,y), (x,v), vocab=VOCAB, bs=8, seed=0).valid.one_batch() for v in (y, dict(reversed(y.items())))]
+    for p,q in zip(a, b, strict=True): assert torch.equal(p, q)
+    with pytest.raises(ValueError, match=r"valid must have the targets of sl, \['kind', 'mask'\], got \['mask'\]"):
+        mix_dls((x,y), (x,dict(mask=y['mask'])), vocab=VOCAB, bs=8)
+
 @pytest.mark.parametrize('weights', [None,'learned',dict(mask=2.)])
 def test_several_kept(weights, tmp_path):
     "predict gives an answer a task; exported and loaded the same; shown side by side; timm reads the backbone"

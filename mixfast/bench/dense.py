@@ -98,6 +98,7 @@ def _learner(w, targets=('mask',), model=None, objective='ae', **kwargs):
     learn = mix_learner(w.dls(targets, **kwargs), model or w.model, objective, patch_size=patch, task=task)
     return learn.to_bf16() if w.bf16 else learn
 
+# %% ../../nbs/bench/01b_dense.ipynb #c28969a9
 def _second_head_rows(w, n):
     "An SL step with two heads over one with one, in turns"
     one,two = [_learner(w, k) for k in (('mask',), ('kind','mask'))]
@@ -107,6 +108,7 @@ def _second_head_rows(w, n):
     xs = [b/a for a,b in turns]
     return [_row('masks and classes: SL step / with masks alone', xs, f'<= {1.05*limit:.3f}', limit)]
 
+# %% ../../nbs/bench/01b_dense.ipynb #d807e7f1
 def dense_step_rows(
     w:MaskWork, # The model and batch
     n:int=8, # Steps of each kind

@@ -35,6 +35,7 @@ def _turns(fits, rounds):
 
 def _over(a, b): return [x/y for x,y in zip(a, b)]
 
+# %% ../../nbs/bench/01a_views.ipynb #66b832b1
 def view_fit_rows(
     w:ViewWork, # The images and model
     rounds:int=3, # That count

@@ -37,6 +37,7 @@ def _end(names, silent):
           file=sys.stderr, flush=True)
     os._exit(1)
 
+# %% ../../nbs/callback/00a_heartbeat.ipynb #0791d1c0
 def _watch(s, rank, peers, names, stop, end=_end, silence=_SILENCE, every=2):
     "Send to all `peers`, addresses by rank, and listen to them, until `stop` is set"
     heard = {}

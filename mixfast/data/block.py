@@ -77,6 +77,21 @@ def _opening(cls)->list:
     narrow = getattr(cls, '_open_args', {}).get('mode') in ('RGB','L','RGBA')
     return [_not_deep]*narrow + [cls.create]
 
+# %% ../../nbs/data/06_block.ipynb #ddc4c593
+def _check_names(tfms):
+    "Raise `ValueError` if there is a string among `tfms` that names no set of views"
+    for o in L(tfms):
+        if isinstance(o, str) and o not in view_sets: raise ValueError(
+            f"ssl_batch_tfms must be transforms of a batch or one of {list(view_sets)}, got {o!r}")
+
+def _open(ssl, get_ssl, cls):
+    "The `Datasets` of the images for SSL. Raises `ValueError` if there are none."
+    if isinstance(ssl, (str,Path)):
+        folder,ssl = ssl,get_image_files(ssl)
+        if not len(ssl): raise ValueError(f"ssl must be a folder with images, there are none in {folder}")
+    if not len(ssl): raise ValueError("ssl has no images")
+    return Datasets(ssl, [[*L(get_ssl), *_opening(cls)]], splits=[list(range(len(ssl)))]).subset(0)
+
 # %% ../../nbs/data/06_block.ipynb #9ea27ade
 def MixBlock(
     cls=PILImage, # How fastai opens an image; `PILImageBW` for grey ones
@@ -100,17 +115,3 @@ def MixBlock(
     kw = dict(ssl=ssl, lam=lam, mix=mix, sl_bs=sl_bs, ssl_item_tfms=ssl_item_tfms, ssl_batch_tfms=ssl_batch_tfms,
               seed=seed)
     return TransformBlock(type_tfms=opened, batch_tfms=IntToFloatTensor, dl_type=MixItemDL, dls_kwargs=kw)
-
-def _check_names(tfms):
-    "Raise `ValueError` if there is a string among `tfms` that names no set of views"
-    for o in L(tfms):
-        if isinstance(o, str) and o not in view_sets: raise ValueError(
-            f"ssl_batch_tfms must be transforms of a batch or one of {list(view_sets)}, got {o!r}")
-
-def _open(ssl, get_ssl, cls):
-    "The `Datasets` of the images for SSL. Raises `ValueError` if there are none."
-    if isinstance(ssl, (str,Path)):
-        folder,ssl = ssl,get_image_files(ssl)
-        if not len(ssl): raise ValueError(f"ssl must be a folder with images, there are none in {folder}")
-    if not len(ssl): raise ValueError("ssl has no images")
-    return Datasets(ssl, [[*L(get_ssl), *_opening(cls)]], splits=[list(range(len(ssl)))]).subset(0)

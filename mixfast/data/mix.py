@@ -144,12 +144,21 @@ def _check_pairs(**pairs):
             raise ValueError(f"{n} must be a pair (images, labels), got a {type(o).__name__}")
         if len(o)!=2: raise ValueError(f"{n} must be a pair (images, labels), got {len(o)} things")
 
+# %% ../../nbs/data/05_mix.ipynb #54dae69b
+def _in_order(sl, valid):
+    "The pair `valid`, its targets in the order of those of `sl`. Raises `ValueError` where their names differ."
+    if sl is None or valid is None: return valid
+    names,given = [list(o[1]) if isinstance(o[1], dict) else None for o in (sl,valid)]
+    if (names and sorted(names))!=(given and sorted(given)): raise ValueError(
+        f"valid must have the targets of sl, {names or 'one without a name'}, got {given or 'one without a name'}")
+    return (valid[0], {k: valid[1][k] for k in names}) if names else valid
+
 # %% ../../nbs/data/05_mix.ipynb #e7cbb3b8
 def _stores(sl, valid, ssl, vocab):
     "`ImageStore`s of what is not None; the images for SSL made like the labelled ones. Raises `ValueError`."
     if sl is None and ssl is None: raise ValueError("pass labelled data as sl=(images, labels), other images as ssl")
     _check_pairs(sl=sl, valid=valid)
-    vocab = _vocab(sl or valid, vocab)
+    valid,vocab = _in_order(sl, valid),_vocab(sl or valid, vocab)
     sl,valid = [o and ImageStore(*o, vocab, name=n) for n,o in (('sl',sl), ('valid',valid))]
     if ssl is not None: ssl = ImageStore(ssl, vocab=vocab, name='ssl')
     for n,o in dict(sl=sl, valid=valid, ssl=ssl).items():
@@ -162,10 +171,13 @@ def _stores(sl, valid, ssl, vocab):
     if valid and not sl: first.targets = valid.new_empty().targets # what predictions mean
     return sl,valid,ssl
 
+# %% ../../nbs/data/05_mix.ipynb #674920f6
 def _check_alike(valid, sl):
     "Raise `ValueError` unless both have targets of the same kind"
     kinds = [{k: t.kind for k,t in o.targets.items()} for o in (valid,sl or valid)]
-    if kinds[0]!=kinds[1]: raise ValueError(f"valid must have targets like those of sl, {kinds[1]}, got {kinds[0]}")
+    if kinds[0]==kinds[1]: return
+    said = [', '.join(f'{k} {v}'.strip() for k,v in o.items()) for o in kinds]
+    raise ValueError(f"valid must have targets like those of sl, {said[1]}, got {said[0]}")
 
 # %% ../../nbs/data/05_mix.ipynb #88e0e15b
 def _given(t, x, name):

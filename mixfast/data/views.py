@@ -249,6 +249,7 @@ view_sets = dict( # for each view what is not as in `view_pipe`
     dino   = [dict(_mild, scale=(0.4,1), blur=1.), dict(_mild, scale=(0.4,1), blur=0.1, solarize=0.2),
               dict(_mild, scale=(0.05,0.4), share=3/7)])
 
+# %% ../../nbs/data/00a_views.ipynb #0a20a70d
 @delegates(view_pipe)
 def view_tfms(
     name:str, # One of `view_sets`

@@ -173,6 +173,7 @@ def _told_apart(learn, dls, t, methods, budget):
     left = [k for k in names if k not in tried]
     return tried, [f"there is no time to try {', '.join(left)}"]*bool(left)
 
+# %% ../../nbs/insight/08a_advise.ipynb #97d75210
 def _narrowed(learn, dls, t, methods, minutes, pilots, **kwargs):
     "The candidates to be tried, or the one to be trained, and why. Raises `TooShort` where there is no time for any."
     budget = 60*minutes*pilots

@@ -136,6 +136,7 @@ def _load(learn, weights):
 
 def _as_planned(args, plan): return args | dict(e_ssl=plan.e_ssl, e_sl=plan.e_sl, rho=plan.rho)
 
+# %% ../../nbs/insight/08_pilot.ipynb #ddd2ab6f
 @contextmanager
 def _piloting(learn, dls):
     "In this context the learner is quiet and has the loaders `dls`; afterwards it is as before"

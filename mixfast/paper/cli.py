@@ -54,6 +54,7 @@ def _parser(
     a('--dry-run', action='store_true', help='list the runs and the estimated time')
     return p
 
+# %% ../../nbs/paper/05_cli.ipynb #70c935fc
 def _where(a):
     "The context in which runs are jobs of a cluster, if that is asked for. Raises `ValueError`."
     try: args = json.loads(a.cluster_args)

@@ -177,6 +177,7 @@ def _sections(out, res):
         if es: yield Section('Photos, their masks, and what was predicted', 'Of the first seed.')
         if es: yield Section(draw=partial(plot_masks, out, es, scale))
 
+# %% ../../nbs/paper/11_diminishing_results.ipynb #5b9408a4
 def write_report(
     out, # Folder of records; report.md and report.html are written there, with pictures
     table=None, # The paper has no tables

@@ -22,10 +22,10 @@ from fastprogress.fastprogress import progress_bar
 from ..callback.distributed import by_first
 from ..callback.files import _write_atomic
 from ..callback.settings import _first_difference
-from ..data.mix import phase_dl
+from ..data.mix import _mixed_as, phase_dl
 from ..insight.machine import package_versions, source_commit
 from ..insight.advise import TooShort # and learn.fit_best
-from ..insight.pilot import candidates
+from ..insight.pilot import _epochs, _seconds, _valid_seconds, candidates
 from ..phases import MixPlan
 from ..schedule import Recipe, get_recipe
 from .job import Job, JobSettings, describe_job, prepare
@@ -108,6 +108,22 @@ def _planned(job, n=1):
     secs = job.learn.mix.step_seconds(n=3)['ssl']*len(phase_dl(job.dls, 'ssl', job.learn.mix.objective.views))/n
     return replace(s, e_ssl=max(int(60*s.minutes/secs), 1), e_sl=0, rho=0.)
 
+# %% ../../nbs/train/05_run.ipynb #f1b7fd44
+def _minutes(job, plan, args, n=1):
+    "Minutes that a plan takes, by the time of a step of each phase in one of `n` processes"
+    with _mixed_as(job.dls, args.get('mix')): steps = job.learn.mix.step_seconds(n=1)
+    return _seconds(plan, _epochs(job.learn, args, steps, _valid_seconds(job.learn)))/60/n
+
+def _outlook(job, chosen=None, resume=False, n=1):
+    "What will be trained, and how long that takes, in a line"
+    s,args = job.settings,chosen['args'] if chosen else {}
+    if s.e_ssl is None and not chosen:
+        return f"{s.minutes:g} min: a pilot of SL alone says whether SSL is needed, the rest trains what is"
+    plan = MixPlan(*(chosen['plan'] if chosen else (s.e_ssl,s.e_sl,s.rho)))
+    if resume: return f"{plan} epochs: goes on where it was stopped"
+    m = _minutes(job, plan, args, n)
+    return f"{plan} epochs: about {f'{m:.0f} min' if m>=2 else f'{60*m:.0f} s'}"
+
 # %% ../../nbs/train/05_run.ipynb #bdd8b05b
 def _fit(job, chosen, *, checkpoint, resume, **kwargs):
     "Train by a plan, by what was chosen before, or by what is found to be the best; gives what is chosen now"
@@ -151,6 +167,7 @@ def train_job(
     if rank: say = noop
     else: _open(out, given, job, chosen, resume)
     for line in describe_job(job): say(line)
+    if not rank: say(_outlook(job, chosen, resume, n))
     def note(s, line): _note(out, given, s); say(line) # before it is trained, to go on by the same
     job,chosen = _trained(job, chosen, out, resume, [*([FitBar()] if bar and rank==0 else []), *L(cbs)], note)
     if rank==0: _close(out, given, job, chosen)

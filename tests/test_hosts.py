@@ -8,6 +8,8 @@ SCRIPT = textwrap.dedent('''
     from fastai.vision.all import *
     from fastai.distributed import *
     from mixfast.all import *
+    from mixfast.callback import heartbeat
+    heartbeat._SILENCE = 12 # seconds, for a minute is long in a test
     class Slow(Callback):
         only_watches = True
         def after_epoch(self): print('epoch', self.epoch, flush=True); time.sleep(float(sys.argv[1]))

@@ -38,7 +38,7 @@ def _end(names, silent):
     os._exit(1)
 
 # %% ../../nbs/callback/00a_heartbeat.ipynb #0791d1c0
-def _watch(s, rank, peers, names, stop, end=_end, silence=_SILENCE, every=2):
+def _watch(s, rank, peers, names, stop, end, silence, every=2):
     "Send to all `peers`, addresses by rank, and listen to them, until `stop` is set"
     heard = {}
     def say(word):
@@ -66,7 +66,7 @@ def _heartbeats(rank, everyones):
     peers = {r: (ip,port) for r,(ip,port,_) in enumerate(all_) if ip and all_[rank][0] not in (None,ip)}
     names = {r: f'process {r} on {host} ({ip})' for r,(ip,_,host) in enumerate(all_)}
     stop = Event()
-    if peers: Thread(target=_watch, args=(s, rank, peers, names, stop), daemon=True).start()
+    if peers: Thread(target=_watch, args=(s, rank, peers, names, stop, _end, _SILENCE), daemon=True).start()
     else: s.close()
     try: yield
     finally: stop.set()

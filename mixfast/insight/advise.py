@@ -9,8 +9,9 @@ __all__ = ['TooShort']
 
 # %% ../../nbs/insight/08a_advise.ipynb #5df3bfbc
 import json, math
-from numbers import Real
 from dataclasses import dataclass, field
+from functools import partial
+from numbers import Real
 from pathlib import Path
 
 import matplotlib.pyplot as plt, pandas as pd, torch
@@ -25,7 +26,7 @@ from ..callback.settings import _first_difference, _is_plain
 from ..checks import _check_positive
 from ..data.hold_out import hold_out
 from .compare import _metric
-from .parallel import _line
+from .parallel import _in_processes, _line
 from .pilot import (_as_planned, _best, _check_methods, _epochs, _load, _longest, _pilot, _rounds, _seconds, _shortest,
                                    _step_times, _valid_seconds, _weights, candidates)
 from ..phases import MixPlan
@@ -101,26 +102,31 @@ def _measured(t, name, learn, args):
     return {p: min(s, own.get(p, s)) for p,s in t.timed[kind].items()}
 
 # %% ../../nbs/insight/08a_advise.ipynb #aadee65d
-def _tried(learn, dls, t, name, args, r, seconds, **kwargs):
-    "The row of a pilot of about so many seconds, which is run if it has not been"
-    if t.row(name, r): return t.row(name, r)
-    steps = _measured(t, name, learn, args)
-    plan = _longest(args, _epochs(learn, args, steps, 0., dls), seconds) or _shortest(args)
-    try: score,ratio,steps,secs,weights = _pilot(learn, dls, args, plan, t.weights.get(name), r, **kwargs)
-    except FloatingPointError: score,ratio,secs,weights = math.nan,math.nan,0.,_weights(learn) # it has diverged
-    row = dict(method=name, round=r, score=score, loss_ratio=ratio, seconds=secs, e_ssl=plan.e_ssl, e_sl=plan.e_sl,
-               rho=plan.rho)
-    t.add(row | dict(steps=steps), weights)
-    said = _line(f"{name:20} {str(plan):24} {dls.valid.n} held-out images", secs, **{_metric(learn): score})
-    print(said, flush=True)
-    return t.rows[-1]
+def _piloted(learn, dls, r, name, args, plan, weights, **kwargs):
+    "The row of a pilot, and weights; the score of one that has diverged is nan"
+    try: score,ratio,steps,secs,weights = _pilot(learn, dls, args, plan, weights, r, **kwargs)
+    except FloatingPointError: score,ratio,steps,secs,weights = math.nan,math.nan,{},0.,_weights(learn)
+    return dict(method=name, round=r, score=score, loss_ratio=ratio, seconds=secs, e_ssl=plan.e_ssl, e_sl=plan.e_sl,
+                rho=plan.rho, steps=steps), weights
+
+def _planned(o): return [o['e_ssl'], o['e_sl'], o['rho']]
+
+def _tried(learn, dls, t, methods, r, seconds, **kwargs):
+    "By candidate the row of a pilot of about so many seconds; those that have not been run are, here or as jobs"
+    def plan(k, args): return _longest(args, _epochs(learn, args, _measured(t, k, learn, args), 0., dls), seconds)
+    runs = [(k, a, plan(k, a) or _shortest(a), t.weights.get(k)) for k,a in methods.items() if not t.row(k, r)]
+    for row,weights in _in_processes(partial(_piloted, learn, dls, r, **kwargs), runs, jobs=1):
+        t.add(row, weights)
+        what = f"{row['method']:20} {str(MixPlan(*_planned(row))):24} {dls.valid.n} held-out images"
+        print(_line(what, row['seconds'], **{_metric(learn): row['score']}), flush=True)
+    return {k: t.row(k, r) for k in methods}
 
 # %% ../../nbs/insight/08a_advise.ipynb #e7575671
 def _halving(learn, dls, t, methods, budget, **kwargs):
     "The best of the candidates, by name. Raises `FloatingPointError` if all have diverged."
     alive,metric,n = list(methods),_metric(learn),_rounds(len(methods))
     for r in range(n if len(alive)>1 else 0):
-        rows = {k: _tried(learn, dls, t, k, methods[k], r, budget/n/len(alive), **kwargs) for k in alive}
+        rows = _tried(learn, dls, t, {k: methods[k] for k in alive}, r, budget/n/len(alive), **kwargs)
         alive = _best(metric, {k: o['score'] for k,o in rows.items()})[:math.ceil(len(alive)/2)]
         if math.isnan(rows[alive[0]]['score']): raise FloatingPointError(
             f"the pilots of {', '.join(rows)} have all diverged: try a lower rate or a longer warm-up")
@@ -143,7 +149,7 @@ def _after_sl(learn, dls, t, methods, budget, **kwargs):
     if (secs := _least(learn, dls, t, alone, methods[alone]))>budget: raise TooShort(
         f"the shortest pilot of {alone} takes about {secs/60:.2g} minutes, and all pilots have {budget/60:.2g}: pass "
         "more minutes, or a larger share")
-    ratio = _tried(learn, dls, t, alone, methods[alone], 0, budget/5, **kwargs)['loss_ratio']
+    ratio = _tried(learn, dls, t, {alone: methods[alone]}, 0, budget/5, **kwargs)[alone]['loss_ratio']
     if math.isnan(ratio): return [k for k in methods if k!=alone], [f"the pilot of {alone} has diverged"]
     on = f"the loss of {alone} on its images is {ratio:.2f} of that on {dls.valid.n} others"
     if ratio>=_HOLDS: return [alone], [f"{on}, so what it learns holds for them too"]
@@ -203,8 +209,6 @@ def _scores(t, metric, n, name):
             f", after shorter ones {said(less)}"*bool(less))
 
 # %% ../../nbs/insight/08a_advise.ipynb #81c61e6f
-def _planned(o): return [o['e_ssl'], o['e_sl'], o['rho']]
-
 def _choose(learn, dls, t, methods, minutes, pilots, **kwargs):
     "Find out which candidate is the best, and what plan of it there is time for"
     if not t.names:

@@ -46,7 +46,7 @@ def on_cluster(
     folder='cluster', # For scripts, logs and results, on a disk that all machines see
     **params # Of each job, submitit's: `timeout_min`, `gpus_per_node`, `slurm_partition`, ...
 ):
-    "In this context many fits (`compare_methods`, `mixfast-reproduce`) are jobs of a cluster, one each"
+    "In this context many fits (`compare_methods`, pilots of `fit_best`, `mixfast-reproduce`) are jobs of a cluster"
     ex = _import_extra('submitit', 'cluster').AutoExecutor(folder=str(folder), cluster=kind)
     ex.update_parameters(**params)
     token = _cluster.set(ex)

@@ -124,9 +124,9 @@ def _best(metric, scores):
 
 # %% ../../nbs/insight/08_pilot.ipynb #b95bb998
 def _weights(learn):
-    "Those of the model and of the objective"
+    "Those of the model and of the objective, on the CPU"
     both = dict(model=learn.model, objective=learn.mix.objective)
-    return {k: {n: v.detach().clone() for n,v in m.state_dict().items()} for k,m in both.items()}
+    return {k: {n: v.detach().to('cpu', copy=True) for n,v in m.state_dict().items()} for k,m in both.items()}
 
 def _load(learn, weights):
     "Give model and objective the weights of a pilot, if there was one"

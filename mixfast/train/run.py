@@ -109,6 +109,8 @@ def _planned(job, n=1):
     return replace(s, e_ssl=max(int(60*s.minutes/secs), 1), e_sl=0, rho=0.)
 
 # %% ../../nbs/train/05_run.ipynb #f1b7fd44
+_FEW = 500 # Steps that are soon made: timing some would take a good part of that
+
 def _minutes(job, plan, args, n=1):
     "Minutes that a plan takes, by the time of a step of each phase in one of `n` processes"
     with _mixed_as(job.dls, args.get('mix')): steps = job.learn.mix.step_seconds(n=1)
@@ -120,9 +122,10 @@ def _outlook(job, chosen=None, resume=False, n=1):
     if s.e_ssl is None and not chosen:
         return f"{s.minutes:g} min: a pilot of SL alone says whether SSL is needed, the rest trains what is"
     plan = MixPlan(*(chosen['plan'] if chosen else (s.e_ssl,s.e_sl,s.rho)))
-    if resume: return f"{plan} epochs: goes on where it was stopped"
-    m = _minutes(job, plan, args, n)
-    return f"{plan} epochs: about {f'{m:.0f} min' if m>=2 else f'{60*m:.0f} s'}"
+    steps = _seconds(plan, _epochs(job.learn, args, {p.name: 1 for p in plan.phases}))//n
+    said = f"{plan} epochs, {steps:,.0f} steps"
+    if resume: return f"{said}: goes on where it was stopped"
+    return said if steps<_FEW else f"{said}: about {max(_minutes(job, plan, args, n), 1):.0f} min"
 
 # %% ../../nbs/train/05_run.ipynb #bdd8b05b
 def _fit(job, chosen, *, checkpoint, resume, **kwargs):

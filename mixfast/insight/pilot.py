@@ -52,9 +52,9 @@ def _check_methods(methods, kwargs=()):
         f"{sorted(bad)[0]} is what is to be found out: pass methods, a dict of arguments by name, to try others")
 
 # %% ../../nbs/insight/08_pilot.ipynb #f4f7e194
-def _step_times(learn, args):
+def _step_times(learn, args, n=3):
     "Seconds of a training step by phase, of the candidate with arguments `args`"
-    with _mixed_as(learn.dls, args.get('mix')): return learn.mix.step_seconds(n=3)
+    with _mixed_as(learn.dls, args.get('mix')): return learn.mix.step_seconds(n)
 
 def _valid_seconds(learn):
     "Seconds of a pass over the images of validation"

@@ -22,10 +22,10 @@ from fastprogress.fastprogress import progress_bar
 from ..callback.distributed import by_first
 from ..callback.files import _write_atomic
 from ..callback.settings import _first_difference
-from ..data.mix import _mixed_as, phase_dl
+from ..data.mix import phase_dl
 from ..insight.machine import package_versions, source_commit
 from ..insight.advise import TooShort # and learn.fit_best
-from ..insight.pilot import _epochs, _seconds, _valid_seconds, candidates
+from ..insight.pilot import _epochs, _seconds, _step_times, _valid_seconds, candidates
 from ..phases import MixPlan
 from ..schedule import Recipe, get_recipe
 from .job import Job, JobSettings, describe_job, prepare
@@ -111,21 +111,19 @@ def _planned(job, n=1):
 # %% ../../nbs/train/05_run.ipynb #f1b7fd44
 _FEW = 500 # Steps that are soon made: timing some would take a good part of that
 
-def _minutes(job, plan, args, n=1):
-    "Minutes that a plan takes, by the time of a step of each phase in one of `n` processes"
-    with _mixed_as(job.dls, args.get('mix')): steps = job.learn.mix.step_seconds(n=1)
-    return _seconds(plan, _epochs(job.learn, args, steps, _valid_seconds(job.learn)))/60/n
-
-def _outlook(job, chosen=None, resume=False, n=1):
-    "What will be trained, and how long that takes, in a line"
-    s,args = job.settings,chosen['args'] if chosen else {}
+def _outlook(job, typed=True, chosen=None, resume=False, n=1):
+    "What will be trained, and how long that takes, in a line; a plan that nobody has `typed` takes the minutes"
+    s,learn,args = job.settings,job.learn,chosen['args'] if chosen else {}
     if s.e_ssl is None and not chosen:
         return f"{s.minutes:g} min: a pilot of SL alone says whether SSL is needed, the rest trains what is"
     plan = MixPlan(*(chosen['plan'] if chosen else (s.e_ssl,s.e_sl,s.rho)))
-    steps = _seconds(plan, _epochs(job.learn, args, {p.name: 1 for p in plan.phases}))//n
-    said = f"{plan} epochs, {steps:,.0f} steps"
+    def total(steps, valid=0.): return _seconds(plan, _epochs(learn, args, steps, valid))/n
+    made = total({p.name: 1 for p in plan.phases})
+    said = f"{plan} epochs, {made:,.0f} steps"
     if resume: return f"{said}: goes on where it was stopped"
-    return said if steps<_FEW else f"{said}: about {max(_minutes(job, plan, args, n), 1):.0f} min"
+    if typed and made<_FEW: return said
+    m = total(_step_times(learn, args, 1), _valid_seconds(learn))/60 if typed else s.minutes
+    return f"{said}: about {max(m, 1):.0f} min"
 
 # %% ../../nbs/train/05_run.ipynb #bdd8b05b
 def _fit(job, chosen, *, checkpoint, resume, **kwargs):
@@ -170,7 +168,7 @@ def train_job(
     if rank: say = noop
     else: _open(out, given, job, chosen, resume)
     for line in describe_job(job): say(line)
-    if not rank: say(_outlook(job, chosen, resume, n))
+    if not rank: say(_outlook(job, given.e_ssl is not None, chosen, resume, n))
     def note(s, line): _note(out, given, s); say(line) # before it is trained, to go on by the same
     job,chosen = _trained(job, chosen, out, resume, [*([FitBar()] if bar and rank==0 else []), *L(cbs)], note)
     if rank==0: _close(out, given, job, chosen)
